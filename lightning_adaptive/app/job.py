@@ -1,0 +1,132 @@
+"""One job under Hydra: what Lightning's processes, a sweep and the shell need to find before and after it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, read_write
+
+from lightning_adaptive.app.interrupt import Interrupted, Signals
+from lightning_adaptive.errors import UserError
+
+_DISTRIBUTED = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_FLAGS = ("-cd", "--config-dir", "-cn", "--config-name", "-cp", "--config-path")
+
+
+def run_stamp() -> str:
+    """A run's name: the id that a scheduler gave, which all its processes share, or else the time."""
+    for variable in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
+        identity = os.environ.get(variable)
+        if identity and identity != "none":
+            return identity
+    return datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")
+
+
+def run_key(overrides: Sequence[str]) -> str:
+    """A sweep folder's name for a job: its overrides, readable as far as 48 characters go, and 8 digits of their hash.
+
+    >>> run_key(["seed=1", "switch.at=3ep"])
+    'seed-1_switch.at-3ep_b04c4d95'
+    """
+    text = ",".join(str(override) for override in overrides)
+    head = re.sub(r"[^\w.+-]+", "_", text.replace("=", "-")).strip("_")[:48]
+    return f"{head}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+# At import, so that the workers of a launcher, which import the task function, have them too.
+OmegaConf.register_new_resolver("run_stamp", run_stamp, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("run_key", run_key, replace=True)
+
+
+def run(command: str, task: Callable[[DictConfig, Signals], float | None], config: DictConfig) -> float | None:
+    """Runs a task as one job, and turns what ends it into what the shell or the sweep expects.
+
+    A user's mistake and a signal end a single run with their exit code; within a sweep a mistake fails the job alone, while a
+    signal ends the sweep.
+
+    Args:
+        command: the sub-command's name.
+        task: what to run.
+        config: the composed config.
+    """
+    os.environ.pop("HYDRA_FULL_ERROR", None)
+    with _as_lightning_expects(command), Signals() as signals:
+        try:
+            return task(config, signals)
+        except Interrupted as stop:
+            _say(str(stop))
+            sys.exit(stop.exit_code)
+        except UserError as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise
+            _say(f"lightning-adaptive: {error}")
+            sys.exit(error.exit_code)
+
+
+def _say(message: str) -> None:
+    rank = os.environ.get("LOCAL_RANK", "0")
+    print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+@contextmanager
+def _as_lightning_expects(command: str) -> Iterator[None]:
+    """Lets Lightning start its other processes with this job's command line, and forgets them afterwards.
+
+    Lightning repeats ``sys.argv`` and appends ``hydra.run.dir``. The sub-command is not in it, a sweep's is not this job's, and
+    a console script's file may not be Python.
+    """
+    import __main__
+
+    hydra_config = HydraConfig.instance().cfg
+    assert hydra_config is not None
+    hydra = hydra_config.hydra
+    kept = {"argv": sys.argv, "spec": __main__.__spec__, "run_dir": hydra.run.dir}
+    environment = {name: os.environ.get(name) for name in _DISTRIBUTED}
+    search_path = [override for override in hydra.overrides.hydra if override.startswith("hydra.searchpath=")]
+    sys.argv = [sys.argv[0], command, *_flags(sys.argv[1:]), *search_path, *hydra.overrides.task]
+    __main__.__spec__ = importlib.util.find_spec("lightning_adaptive.__main__")
+    with read_write(hydra):
+        hydra.run.dir = hydra.runtime.output_dir
+    try:
+        yield
+    finally:
+        sys.argv, __main__.__spec__ = kept["argv"], kept["spec"]
+        with read_write(hydra):
+            hydra.run.dir = kept["run_dir"]
+        if environment["LOCAL_RANK"] is None:  # else Lightning or torchrun started this process, for one job
+            _forget_processes(environment)
+
+
+def _forget_processes(environment: dict[str, str | None]) -> None:
+    """Without this the next job of a sweep believes that it was launched from outside."""
+    if "torch" in sys.modules:
+        import torch.distributed
+
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    for name, value in environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def _flags(arguments: Sequence[str]) -> list[str]:
+    """Hydra's flags that decide what is composed, with folders made absolute."""
+    flags: list[str] = []
+    for index, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name in _FLAGS:
+            value = value if equals else arguments[index + 1]
+            flags += [name, str(Path(value).resolve()) if name in ("-cd", "--config-dir") else value]
+    return flags

@@ -1,0 +1,66 @@
+"""What a run shows on the terminal: the plan and the config before it, the table after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.tree import Tree
+
+from lightning_adaptive.plan import plan
+
+
+class ShowPlan(Callback):
+    """Prints the plan and the composed run before the first step, and keeps the plan in the run folder.
+
+    Args:
+        config: the composed config, interpolations unresolved.
+        folder: the run folder.
+    """
+
+    def __init__(self, config: Any, folder: Path) -> None:
+        self._config = config
+        self._folder = folder
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        text = str(plan(trainer))
+        if trainer.is_global_zero:
+            (self._folder / "plan.txt").write_text(text + "\n", encoding="utf-8")
+            console = Console(soft_wrap=True, highlight=False)
+            console.print(_tree(f"RUN  {self._folder}", self._config))
+            console.print(escape(text))
+
+
+def show_result(header: Sequence[str], rows: Sequence[Sequence[str]], test: str, folder: Path) -> None:
+    """Prints the closing table, the test metrics, and what lies in the run folder."""
+    console = Console(soft_wrap=True, highlight=False)
+    table = Table(*(escape(name) for name in header), box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    console.print(table)
+    if test:
+        console.print(escape(f"test   {test}"))
+    files = sorted(file.name + ("/" if file.is_dir() else "") for file in folder.iterdir() if not file.name.startswith("."))
+    console.print(escape(f"saved  {folder}: {'  '.join(files)}"))
+
+
+def _tree(title: str, config: Mapping[str, Any]) -> Tree:
+    tree = Tree(escape(title))
+    _grow(tree, config)
+    return tree
+
+
+def _grow(tree: Tree, config: Mapping[str, Any]) -> None:
+    """A branch for each mapping; empty values and Hydra's own marks are left out."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            target = value.get("_target_")
+            branch = tree.add(escape(f"{key}  {target}" if target else str(key)))
+            _grow(branch, value)
+        elif value not in (None, {}) and not str(key).startswith("_"):
+            tree.add(escape(f"{key}: {value}"))

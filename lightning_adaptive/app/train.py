@@ -1,0 +1,141 @@
+"""``lightning-adaptive train``: composes a run, trains, tests, and leaves everything in one folder."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra_plugins.lightning_adaptive import data_folder
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_adaptive.app import job
+from lightning_adaptive.app.interrupt import Signals
+from lightning_adaptive.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+    from lightning_adaptive.report import RunReport
+
+
+@hydra.main(version_base="1.3", config_path=str(data_folder("conf")), config_name="train")
+def main(config: DictConfig) -> float | None:
+    """The Hydra application; returns the monitored metric, for a sweeper that optimizes it."""
+    return job.run("train", _train, config)
+
+
+def _train(config: DictConfig, signals: Signals) -> float | None:
+    checkpoint = _checkpoint(config.ckpt_path)
+    _require("rich", "matplotlib")
+    import warnings
+
+    import lightning.pytorch as pl
+
+    from lightning_adaptive import config as build
+    from lightning_adaptive import strategies
+    from lightning_adaptive.app.progress import progress
+    from lightning_adaptive.app.show import ShowPlan
+    from lightning_adaptive.app.stop import StopTogether
+    from lightning_adaptive.hooks import attach
+    from lightning_adaptive.report import RunReport
+
+    # The run folder exists before its logger does: Hydra made it.
+    warnings.filterwarnings("ignore", r"Experiment logs directory .* exists and is not empty")
+    folder = Path(config.output_dir)
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    monitor = config.task.get("monitor")
+    model = attach(
+        build.module(config.task.module, "task.module"),
+        optimizer=config.optimizer,
+        scheduler=config.scheduler,
+        param_groups=config.param_groups,
+    )
+    data = build.datamodule(config.task.data, "task.data")
+    switch = build.switch(config.switch)
+    report = RunReport(monitor)
+    callbacks = [
+        *([switch] if switch else []),
+        *build.callbacks(config.callbacks),
+        report,
+        ShowPlan(OmegaConf.to_container(config), folder),
+        StopTogether(signals, folder / "checkpoints"),
+    ]
+    if config.trainer.get("enable_progress_bar", True):
+        callbacks.append(progress(monitor))
+    trainer = build.trainer(config.trainer, callbacks=callbacks, logger=build.loggers(config.logger) or False)
+    try:
+        trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        metrics = _test(trainer, model, data) if config.test else {}
+    except BaseException:
+        strategies.end_processes(trainer)
+        raise
+    if trainer.is_global_zero:
+        _close(trainer, report, metrics, config, folder)
+    value = trainer.callback_metrics.get(monitor) if monitor else None
+    return None if value is None else float(value)
+
+
+def _test(trainer: Trainer, model: LightningModule, data: LightningDataModule) -> dict[str, float]:
+    """Tests the best checkpoint, or the model as it is when there is none; nothing for a task without tests."""
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+
+    if not is_overridden("test_step", model) or not is_overridden("test_dataloader", data):
+        return {}
+    callback: Any = trainer.checkpoint_callback
+    best = getattr(callback, "best_model_path", "") or None
+    [metrics] = trainer.test(model, datamodule=data, ckpt_path=best, verbose=False, weights_only=True)
+    return dict(metrics)
+
+
+def _close(trainer: Trainer, report: RunReport, metrics: dict[str, float], config: DictConfig, folder: Path) -> None:
+    """Writes and shows what the run did."""
+    from lightning_adaptive import report as reports
+    from lightning_adaptive.app.show import show_result
+
+    header, rows = reports.table(report.phases, report.monitor)
+    test = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    (folder / "summary.md").write_text(f"{reports.markdown(header, rows)}\n\n{test}\n", encoding="utf-8")
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    reports.write_result(
+        folder / "result.json",
+        report.phases,
+        {**{name: float(value) for name, value in trainer.callback_metrics.items()}, **metrics},
+        seed=config.seed,
+        steps=trainer.global_step,
+        best_checkpoint=os.path.relpath(best, folder) if best else None,
+    )
+    curves = folder / "metrics.csv"
+    if curves.is_file():
+        reports.picture(curves, report.phases, report.monitor, folder / "run.png")
+    show_result(header, rows, test, folder)
+
+
+def _checkpoint(path: str | None) -> str | None:
+    """The checkpoint to resume from, looked at before anything is built.
+
+    Raises:
+        CheckpointError: when it is missing or not a whole file.
+    """
+    if path is None:
+        return None
+    file = Path(path)
+    if not file.is_file():
+        near = sorted(file.parent.glob("*.ckpt"), key=lambda found: found.stat().st_mtime) if file.parent.is_dir() else []
+        newest = f" Newest there: {near[-1]}." if near else ""
+        raise CheckpointError(f"ckpt_path={path}: there is no such file.{newest}")
+    if not zipfile.is_zipfile(file):
+        raise CheckpointError(
+            f"ckpt_path={path}: is no checkpoint, or not a whole one ({file.stat().st_size:,} bytes). It was left as it is."
+        )
+    return path
+
+
+def _require(*packages: str) -> None:
+    import importlib.util
+
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ConfigError(f"the command line needs {', '.join(missing)}: pip install 'lightning-adaptive[recipes]'.")

@@ -1,0 +1,261 @@
+"""From config node to object: checked before anything is imported, and again before anything is called.
+
+A node is a mapping with a ``_target_``. In this order: the target's package is installed or trusted; it is a class, and of the
+kind that its slot needs; the node's keys are in its signature and of a plausible type; the values are plain Python; then it is
+built, or kept as a factory where the slot needs one.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import inspect
+import math
+import os
+import pkgutil
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import Strategy
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from lightning_adaptive.errors import ConfigError, ConfigTypeError, did_you_mean
+from lightning_adaptive.handover import Handover
+from lightning_adaptive.param_groups import Inherit, ParamGroups
+from lightning_adaptive.phases import OptimizerFactory, SchedulerConfig, SchedulerFactory
+from lightning_adaptive.schedules import Schedule
+from lightning_adaptive.switch import OptimizerSwitchCallback
+
+TRUST_VARIABLE = "LIGHTNING_ADAPTIVE_TRUST"
+"""Environment variable with the names, separated by colons, of packages outside the installed ones that a config may name."""
+
+Node = Mapping[str, Any]
+
+_ALWAYS_INSTALLED = ("torch", "lightning", "torchmetrics", "lightning_adaptive")
+_HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_")
+_SCHEDULERS = (Schedule, LRScheduler, ReduceLROnPlateau)
+
+
+def optimizer_factory(value: Node | OptimizerFactory, key: str = "optimizer") -> OptimizerFactory:
+    """A factory of optimizers from a node, or the callable itself."""
+    return _factory(value, (Optimizer,), key)
+
+
+def scheduler(value: Any, key: str = "scheduler") -> Schedule | SchedulerFactory | SchedulerConfig | None:
+    """A `Schedule`, a factory of a torch scheduler, or Lightning's dictionary around one, from a node; or the value itself."""
+    if not _is_mapping(value) or not value:
+        return _refuse_word(value, key) or None
+    if "_target_" in value:
+        cls = _target(value, _SCHEDULERS, key)
+        return _build(cls, value, key) if issubclass(cls, Schedule) else _factory(value, _SCHEDULERS, key)
+    options = _plain(value)
+    if "scheduler" in options:
+        options["scheduler"] = scheduler(options["scheduler"], f"{key}.scheduler")
+    return options  # type: ignore[return-value]
+
+
+def param_groups(value: Any, key: str = "param_groups") -> Inherit | ParamGroups | None:
+    """The grouping of parameters from a node, or the object itself."""
+    return _object(value, (Inherit, ParamGroups), key)
+
+
+def switch(value: Any, key: str = "switch") -> OptimizerSwitchCallback | None:
+    """The switch and those after it from a node."""
+    if not _is_mapping(value):
+        return _object(value, (OptimizerSwitchCallback,), key)
+    if not value:
+        return None
+    cls = _target(value, (OptimizerSwitchCallback,), key)
+    options = {name: option for name, option in _plain(value).items() if name not in _HYDRA_KEYS}
+    if options.get("enabled") is False:
+        return cls(enabled=False)
+    _check_keys(cls, options, key)
+    slots: dict[str, Callable[[Any, str], Any]] = {
+        "optimizer": lambda node, at: optimizer_factory(node, at) if node else None,
+        "scheduler": scheduler,
+        "param_groups": lambda node, at: param_groups(node, at) or "inherit",
+        "handover": lambda node, at: _object(node, (Handover,), at) or "own",
+        "then": switch,
+    }
+    built = {name: slots[name](option, f"{key}.{name}") if name in slots else option for name, option in options.items()}
+    return _call(cls, built, key)
+
+
+def module(value: Node, key: str) -> LightningModule:
+    """A LightningModule from a node; its options may be nodes of ``torch.nn.Module``."""
+    return _object(value, (LightningModule,), key, nested=(nn.Module,))
+
+
+def datamodule(value: Node, key: str) -> LightningDataModule:
+    """A LightningDataModule from a node."""
+    return _object(value, (LightningDataModule,), key)
+
+
+def trainer(value: Node, key: str = "trainer", **objects: Any) -> Trainer:
+    """A Trainer from a node and from objects that are built already; its options may be nodes of a Strategy."""
+    return _object(value, (Trainer,), key, nested=(Strategy,), **objects)
+
+
+def callbacks(value: Node | None, key: str = "callbacks") -> list[Callback]:
+    """Callbacks from a mapping of nodes by name, in file order; ``null`` leaves one out."""
+    return [_object(node, (Callback,), f"{key}.{name}") for name, node in (value or {}).items() if node]
+
+
+def loggers(value: Node | None, key: str = "logger") -> list[Logger]:
+    """Loggers from a mapping of nodes by name, in file order; ``null`` leaves one out."""
+    return [_object(node, (Logger,), f"{key}.{name}") for name, node in (value or {}).items() if node]
+
+
+def _factory(value: Any, bases: tuple[type, ...], key: str) -> Any:
+    if not _is_mapping(value):
+        return _refuse_word(value, key)
+    cls = _target(value, bases, key)
+    options = _options(cls, value, key)
+    return functools.partial(cls, **options)
+
+
+def _object(value: Any, bases: tuple[type, ...], key: str, nested: tuple[type, ...] = (), **objects: Any) -> Any:
+    if not _is_mapping(value):
+        return _refuse_word(value, key)
+    if not value:
+        return None
+    return _build(_target(value, bases, key), value, key, nested, **objects)
+
+
+def _build(cls: type, node: Node, key: str, nested: tuple[type, ...] = (), **objects: Any) -> Any:
+    return _call(cls, {**_options(cls, node, key, nested), **objects}, key)
+
+
+def _call(cls: type, options: dict[str, Any], key: str) -> Any:
+    try:
+        return cls(**options)
+    except ConfigError as error:
+        raise error.within(key) from None
+
+
+def _refuse_word(value: Any, key: str) -> Any:
+    if isinstance(value, str) and value not in ("inherit", "own"):
+        raise ConfigTypeError(
+            f"{value!r} is a word where a node belongs. To choose a file of the group, write {_group_override(key)}={value}.", key
+        )
+    return value
+
+
+def _group_override(key: str) -> str:
+    return f"{key.rsplit('.', 1)[-1]}@{key}" if "." in key else key
+
+
+def _target(node: Node, bases: tuple[type, ...], key: str) -> type:
+    """The class that a node names, imported only after its package was found to be installed or trusted."""
+    target = node.get("_target_")
+    wanted = " or ".join(base.__name__ for base in bases)
+    if not isinstance(target, str) or not target.replace(".", "_").isidentifier() or "." not in target:
+        raise ConfigError(f"{target!r} names no class. Write the path of a class of {wanted}, package.module.Class.", f"{key}._target_")
+    package = target.partition(".")[0]
+    _check_package(package, target, f"{key}._target_")
+    try:
+        cls = pkgutil.resolve_name(target)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(_not_found(target, error), f"{key}._target_") from None
+    if not (inspect.isclass(cls) and issubclass(cls, bases)):
+        raise ConfigTypeError(f"{target} is not a class of {wanted}, which belongs here.", f"{key}._target_")
+    return cls
+
+
+def _check_package(package: str, target: str, key: str) -> None:
+    trusted = os.environ.get(TRUST_VARIABLE, "").split(":")
+    if package in sys.stdlib_module_names:
+        raise ConfigError(f"{target!r} lies in the standard library, which a config may never name.", key)
+    if package in _ALWAYS_INSTALLED or package in trusted or package in importlib.metadata.packages_distributions():
+        return
+    raise ConfigError(
+        f"{package!r} is not an installed package. If it is your own code, say so outside the config: "
+        f"--trust {package}, or {TRUST_VARIABLE}={package}.",
+        key,
+    )
+
+
+def _not_found(target: str, error: Exception) -> str:
+    module_name, _, name = target.rpartition(".")
+    if error.__class__ is ModuleNotFoundError and getattr(error, "name", None) not in (None, module_name, target):
+        if not target.startswith(str(error.name)):  # type: ignore[attr-defined]
+            return f"importing {target} failed: {error}."
+    module_object = sys.modules.get(module_name)
+    if module_object is None:
+        return f"there is no module {module_name!r}."
+    classes = [option for option in dir(module_object) if inspect.isclass(getattr(module_object, option, None))]
+    return f"{module_name} has no {name!r}." + did_you_mean(name, classes)
+
+
+def _options(cls: type, node: Node, key: str, nested: tuple[type, ...] = ()) -> dict[str, Any]:
+    options = {name: value for name, value in _plain(node, key).items() if name not in _HYDRA_KEYS}
+    _check_keys(cls, options, key)
+    return {name: _nested(value, nested, f"{key}.{name}") for name, value in options.items()}
+
+
+def _nested(value: Any, bases: tuple[type, ...], key: str) -> Any:
+    """Builds the nodes inside an option where its slot may hold some, and refuses them elsewhere."""
+    if isinstance(value, list):
+        return [_nested(item, bases, f"{key}.{index}") for index, item in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    if "_target_" not in value:
+        return {name: _nested(item, bases, f"{key}.{name}") for name, item in value.items()}
+    if not bases:
+        raise ConfigError("a node is not allowed here; only plain values are.", key)
+    return _object(value, bases, key, nested=bases)
+
+
+def _check_keys(cls: type, options: dict[str, Any], key: str) -> None:
+    parameters = {name: parameter for name, parameter in inspect.signature(cls).parameters.items() if name != "params"}
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for name, value in options.items():
+        if name not in parameters and not takes_any:
+            allowed = ", ".join(option for option, parameter in parameters.items() if parameter.kind is not parameter.VAR_POSITIONAL)
+            raise ConfigError(
+                f"{cls.__name__} has no option {name!r}." + did_you_mean(name, parameters) + f" Options: {allowed}.", f"{key}.{name}"
+            )
+        if value == "???":
+            raise ConfigError("must be given.", f"{key}.{name}")
+        _check_number(value, parameters.get(name), f"{key}.{name}", is_lr=name == "lr" and issubclass(cls, Optimizer))
+    missing = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and name not in options
+        and not (issubclass(cls, LRScheduler | ReduceLROnPlateau) and name == "optimizer")
+    ]
+    if missing:
+        raise ConfigError(f"{cls.__name__} needs the option {missing[0]!r}.", f"{key}.{missing[0]}")
+
+
+def _check_number(value: Any, parameter: inspect.Parameter | None, key: str, is_lr: bool) -> None:
+    """A word where the class has a number; and a learning rate that no optimizer can use."""
+    default = None if parameter is None else parameter.default
+    numeric = isinstance(default, int | float) and not isinstance(default, bool)
+    if isinstance(value, str) and (numeric or is_lr):
+        raise ConfigTypeError(f"{value!r} is not a number. Write one, for example {default if numeric else 0.001}.", key)
+    if is_lr and isinstance(value, int | float) and not (math.isfinite(value) and value > 0):
+        raise ConfigError(f"{value!r} is no learning rate. It is finite and above zero.", key)
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _plain(node: Node, key: str = "") -> dict[str, Any]:
+    """The node in plain Python: torch refuses ``DictConfig`` and ``ListConfig``."""
+    if not isinstance(node, DictConfig):
+        return dict(node)
+    try:
+        return OmegaConf.to_container(node, resolve=True)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0], error.full_key or key) from None

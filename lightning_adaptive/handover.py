@@ -1,0 +1,50 @@
+"""What crosses a switch: the learning rate, the momentum and the weight decay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from lightning_adaptive.errors import ConfigError, did_you_mean
+
+_RULES = {"lr": ("own",), "momentum": ("zero",), "weight_decay": ("own",)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Handover:
+    """Rules by which the next phase starts.
+
+    Args:
+        lr: ``"own"``: the next phase begins with the learning rate of its own configuration.
+        momentum: ``"zero"``: the next optimizer begins with an empty state.
+        weight_decay: ``"own"``: the next optimizer's configured value.
+
+    Raises:
+        ConfigError: for a rule that does not exist.
+    """
+
+    lr: str = "own"
+    momentum: str = "zero"
+    weight_decay: str = "own"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            rule, rules = getattr(self, field.name), _RULES[field.name]
+            if rule not in rules:
+                raise ConfigError(
+                    f"the rule {rule!r} does not exist or is not available yet. Rules: {', '.join(rules)}."
+                    + did_you_mean(str(rule), rules),
+                    field.name,
+                )
+
+    @classmethod
+    def of(cls, value: Handover | str, key: str = "handover") -> Handover:
+        """A `Handover` from itself or from the name of a preset, which is ``"own"``.
+
+        Raises:
+            ConfigError: for an unknown name.
+        """
+        if isinstance(value, cls):
+            return value
+        if value == "own":
+            return cls()
+        raise ConfigError(f"{value!r} does not exist or is not available yet. Write 'own' or a Handover.", key)

@@ -1,0 +1,96 @@
+"""What people's modules call: `configure_optimizers`, and `attach` for modules that are not to be edited."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from lightning_adaptive import config, phases, strategies
+from lightning_adaptive.errors import ConfigError
+from lightning_adaptive.param_groups import Inherit, ParamGroups
+from lightning_adaptive.phases import OptimizerFactory, SchedulerConfig, SchedulerFactory
+from lightning_adaptive.schedules import Schedule
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class _FirstPhase:
+    """What builds the first phase; plain and picklable, as the module that carries it must be."""
+
+    optimizer: OptimizerFactory
+    scheduler: Schedule | SchedulerFactory | SchedulerConfig | None
+    param_groups: ParamGroups
+
+    @classmethod
+    def of(cls, optimizer: Any, scheduler: Any, param_groups: Any) -> _FirstPhase:
+        groups = config.param_groups(param_groups) or ParamGroups()
+        if isinstance(groups, Inherit):
+            raise ConfigError("the first phase has no groups to inherit. Leave it out, or write none.", "param_groups")
+        factory = config.optimizer_factory(optimizer)
+        phases.check_factory(factory, phases.Optimizer, "optimizer")
+        return cls(factory, config.scheduler(scheduler), groups)
+
+
+def configure_optimizers(
+    module: LightningModule,
+    *,
+    optimizer: OptimizerFactory | Mapping[str, Any],
+    scheduler: Schedule | SchedulerFactory | Mapping[str, Any] | None = None,
+    param_groups: ParamGroups | Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What ``LightningModule.configure_optimizers`` may return, from Hydra nodes or plain callables.
+
+    The number of steps that a schedule spans comes from the module's trainer.
+
+    Args:
+        module: the module that is about to be trained.
+        optimizer: a factory of the optimizer, or a node ``{_target_: torch.optim.AdamW, lr: 1e-3}``.
+        scheduler: a `Schedule`, a factory of a torch scheduler, Lightning's dictionary around either, or a node of these;
+            ``None`` is constant.
+        param_groups: the groups of the trainable parameters; ``None`` is one group of all of them.
+
+    Returns:
+        Lightning's dictionary with ``optimizer`` and ``lr_scheduler``.
+
+    Raises:
+        ConfigError: for a node or value that cannot be used; the message names its key.
+    """
+    return _configure(module, _FirstPhase.of(optimizer, scheduler, param_groups))
+
+
+def attach(
+    module: ModuleT,
+    *,
+    optimizer: OptimizerFactory | Mapping[str, Any],
+    scheduler: Schedule | SchedulerFactory | Mapping[str, Any] | None = None,
+    param_groups: ParamGroups | Mapping[str, Any] | None = None,
+) -> ModuleT:
+    """Gives a module this package's `configure_optimizers` without editing it; arguments as there.
+
+    Survives ``deepcopy``, ``pickle``, ``torch.save(module)``, ``ddp_spawn`` and ``torch.compile``. A module that
+    ``load_from_checkpoint`` makes has its own hook again: attach once more before training goes on.
+
+    Returns:
+        The module itself.
+
+    Raises:
+        ConfigError: for a node or value that cannot be used; the message names its key.
+    """
+    first_phase = _FirstPhase.of(optimizer, scheduler, param_groups)
+    inner: Any = getattr(module, "_orig_mod", module)
+    # A partial of a module-level function: a bound method or a closure cannot be pickled, or optimizes the original of a copy.
+    inner.configure_optimizers = functools.partial(_configure, inner, first_phase)
+    return module
+
+
+def _configure(module: LightningModule, first_phase: _FirstPhase) -> dict[str, Any]:
+    tensors = strategies.parameters(module)
+    partition = first_phase.param_groups.partition(name for name, tensor in tensors.items() if tensor.requires_grad)
+    clock = strategies.clock(module.trainer)
+    return phases.build(first_phase.optimizer, first_phase.scheduler, partition, tensors, clock).configuration()

@@ -1,0 +1,272 @@
+"""What a run did: a row for each phase, the closing table, the picture, and the result as JSON."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lightning_adaptive.phases import describe_schedule, format_lrs, lrs, state_bytes
+from lightning_adaptive.switch import find_switch, format_bytes
+
+_COLUMNS = ("phase", "optimizer", "schedule", "steps", "lr first", "lr last", "train loss", "{metric}", "seconds", "state")
+
+
+@dataclass(frozen=True)
+class PhaseReport:
+    """What one phase did on this process.
+
+    Args:
+        number: 1-based.
+        optimizer: class name.
+        schedule: the schedule in words.
+        first_step: 0-based global step of its first update.
+        end_step: the global step that no longer belongs to it.
+        lr_first: learning rate of each group at its first update.
+        lr_last: the same at its last.
+        train_loss: mean over the batches of its last epoch, or what there was of it.
+        metric: the monitored metric at its last validation, if there was one.
+        seconds: time it took.
+        state_bytes: bytes of the optimizer's state.
+    """
+
+    number: int
+    optimizer: str
+    schedule: str
+    first_step: int
+    end_step: int = 0
+    lr_first: list[float] = field(default_factory=list)
+    lr_last: list[float] = field(default_factory=list)
+    train_loss: float | None = None
+    metric: float | None = None
+    seconds: float = 0.0
+    state_bytes: int = 0
+
+
+class RunReport(Callback):
+    """Watches a run and keeps a `PhaseReport` for each phase, across a resume as well.
+
+    Args:
+        monitor: name of the validation metric to report.
+    """
+
+    def __init__(self, monitor: str | None = None) -> None:
+        self.monitor = monitor
+        self._closed: list[PhaseReport] = []
+        self._open: PhaseReport | None = None
+        self._since = 0.0
+        self._lrs: list[Any] = []
+        self._loss: Tensor | None = None
+        self._batches = 0
+
+    @property
+    def phases(self) -> list[PhaseReport]:
+        """The phases so far, the running one last."""
+        return [*self._closed, *([self._measured(self._open)] if self._open else [])]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._loss, self._batches = None, 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._open is None or self._open.number != _phase_number(trainer):
+            self._begin(trainer)
+        self._lrs = [group["lr"] for group in trainer.optimizers[0].param_groups]
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor):
+            self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
+            self._batches += 1
+        assert self._open is not None
+        first = self._open.end_step == 0
+        self._open = replace(self._open, end_step=trainer.global_step)
+        if first and trainer.global_step > self._open.first_step:
+            self._open = replace(self._open, lr_first=_floats(self._lrs), state_bytes=state_bytes(trainer.optimizers[0]))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        value = trainer.callback_metrics.get(self.monitor) if self.monitor else None
+        if value is not None and self._open is not None and not trainer.sanity_checking:
+            self._open = replace(self._open, metric=float(value))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._close()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"phases": [asdict(phase) for phase in self.phases]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._closed = [PhaseReport(**phase) for phase in state_dict["phases"]]
+
+    def _begin(self, trainer: Trainer) -> None:
+        self._close()
+        number, switch = _phase_number(trainer), find_switch(trainer)
+        self._since, self._loss, self._batches = time.monotonic(), None, 0
+        if self._closed and self._closed[-1].number == number:
+            self._open = self._closed.pop()  # resumed within the phase
+            return
+        optimizer = trainer.optimizers[0]
+        config = trainer.lr_scheduler_configs[0] if trainer.lr_scheduler_configs else None
+        self._open = PhaseReport(
+            number=number,
+            optimizer=type(optimizer).__name__,
+            schedule=describe_schedule(config.scheduler if config else None),
+            first_step=switch.first_step if switch else 0,
+        )
+        self._lrs = lrs(optimizer)
+
+    def _close(self) -> None:
+        if self._open is not None:
+            self._closed.append(self._measured(self._open))
+            self._open = None
+
+    def _measured(self, phase: PhaseReport) -> PhaseReport:
+        loss = phase.train_loss if self._loss is None else float(self._loss) / self._batches
+        seconds = phase.seconds + time.monotonic() - self._since
+        return replace(phase, train_loss=loss, seconds=seconds, lr_last=_floats(self._lrs) or phase.lr_last)
+
+
+def table(phases: Sequence[PhaseReport], metric: str | None) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the closing table.
+
+    Args:
+        phases: what each phase did.
+        metric: name of the monitored metric.
+    """
+    header = [column.format(metric=metric or "metric") for column in _COLUMNS]
+    rows = [
+        [
+            str(phase.number),
+            phase.optimizer,
+            phase.schedule,
+            f"{phase.first_step}..{max(phase.end_step - 1, phase.first_step)}",
+            format_lrs(phase.lr_first),
+            format_lrs(phase.lr_last),
+            _number(phase.train_loss),
+            _number(phase.metric),
+            f"{phase.seconds:.1f}",
+            format_bytes(phase.state_bytes),
+        ]
+        for phase in phases
+    ]
+    return header, rows
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown.
+
+    >>> print(markdown(["a", "b"], [["1", "2"]]))
+    | a | b |
+    |---|---|
+    | 1 | 2 |
+    """
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(("|" + "|".join(line) + "|") if line[0] == "---" else f"| {' | '.join(line)} |" for line in lines)
+
+
+def write_result(path: Path, phases: Sequence[PhaseReport], metrics: Mapping[str, float], **facts: Any) -> None:
+    """Writes ``result.json``: metrics, phases, the versions it ran with, and further facts; numbers that are not finite as null."""
+    result = {
+        "metrics": dict(metrics),
+        **facts,
+        "phases": [asdict(phase) for phase in phases],
+        "versions": {name: _version(name) for name in ("lightning-adaptive", "lightning", "torch", "hydra-core")},
+        "python": platform.python_version(),
+    }
+    path.write_text(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def picture(metrics_csv: Path, phases: Sequence[PhaseReport], metric: str | None, path: Path) -> None:
+    """Draws loss, metric and learning rate over the optimizer steps, with each switch marked.
+
+    Args:
+        metrics_csv: what Lightning's ``CSVLogger`` wrote.
+        phases: the phases, for the marks.
+        metric: name of the monitored metric.
+        path: the PNG to write.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    curves = read_curves(metrics_csv)
+    panels = [
+        ("loss", {name: curve for name, curve in curves.items() if "loss" in name and not name.startswith("test")}, "log"),
+        (metric or "metric", {name: curve for name, curve in curves.items() if name == metric}, "linear"),
+        ("learning rate", {name: curve for name, curve in curves.items() if name == "lr" or name.startswith(("lr-", "lr/"))}, "log"),
+    ]
+    figure, axes = plt.subplots(len(panels), 1, figsize=(8, 7), sharex=True, layout="constrained")
+    for axis, (title, chosen, scale) in zip(axes, panels, strict=True):
+        for name, (steps, values) in chosen.items():
+            marker = "." if len(steps) < 60 else None
+            axis.plot(steps, values, label=name, marker=marker, linewidth=1.2)
+        for before, after in zip(phases, phases[1:], strict=False):
+            axis.axvline(after.first_step, color="0.4", linestyle="--", linewidth=1)
+            if axis is axes[0]:
+                axis.text(
+                    after.first_step, 1.02, f"{before.optimizer} → {after.optimizer}", transform=axis.get_xaxis_transform(), ha="center"
+                )
+        positive = [value for _, values in chosen.values() for value in values if value > 0]
+        axis.set(ylabel=title, yscale=scale if positive else "linear")
+        axis.grid(alpha=0.3)
+        if chosen:
+            axis.legend(loc="best", fontsize="small")
+    axes[-1].set_xlabel("optimizer step")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def read_curves(metrics_csv: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """Steps and values of each column that ``CSVLogger`` wrote; empty cells left out."""
+    curves: dict[str, tuple[list[int], list[float]]] = defaultdict(lambda: ([], []))
+    with metrics_csv.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            for name, cell in row.items():
+                if cell and name not in ("step", "epoch"):
+                    curves[name][0].append(int(row["step"]))
+                    curves[name][1].append(float(cell))
+    return dict(curves)
+
+
+def _phase_number(trainer: Trainer) -> int:
+    switch = find_switch(trainer)
+    return switch.phase + 1 if switch else 1
+
+
+def _floats(values: Sequence[Any]) -> list[float]:
+    return [float(value) for value in values]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # run from a source tree
+        return None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

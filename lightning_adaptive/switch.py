@@ -1,0 +1,420 @@
+"""`OptimizerSwitchCallback`: moves a Lightning run from one optimizer and schedule to the next."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_adaptive import phases, strategies
+from lightning_adaptive.durations import Clock, Duration
+from lightning_adaptive.errors import CheckpointError, ConfigError, ConfigTypeError
+from lightning_adaptive.handover import Handover
+from lightning_adaptive.param_groups import Group, Inherit, ParamGroups, Partition, extend, named_tensors, record
+from lightning_adaptive.phases import OptimizerFactory, Phase, SchedulerConfig, SchedulerFactory
+from lightning_adaptive.schedules import Schedule
+
+STATE_VERSION = 1
+"""Version of the callback's saved state; CONTRIBUTING.md says what happens when it changes."""
+
+
+@dataclass(frozen=True)
+class SwitchState:
+    """The callback's whole mutable state, which travels in the checkpoint.
+
+    Args:
+        phase: index of the running phase; 0 is the one that the module configured.
+        first_step: 0-based global step at which it began.
+        optimizer: class name of its optimizer, for messages; nothing is imported by it.
+        partition: its parameter groups by name.
+    """
+
+    phase: int = 0
+    first_step: int = 0
+    optimizer: str = ""
+    partition: Partition = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, so that a checkpoint loads with ``weights_only=True``."""
+        groups = [{**asdict(group), "parameters": list(group.parameters)} for group in self.partition]
+        return {
+            "version": STATE_VERSION,
+            "phase": self.phase,
+            "first_step": self.first_step,
+            "optimizer": self.optimizer,
+            "partition": groups,
+        }
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> SwitchState:
+        """Reads what `to_dict` wrote.
+
+        Raises:
+            CheckpointError: for another version, or values of the wrong type or range.
+        """
+        version = state.get("version")
+        if version != STATE_VERSION:
+            raise CheckpointError(
+                f"the checkpoint holds the switch's state in version {version!r}, this package reads version {STATE_VERSION}."
+            )
+        try:
+            phase, first_step = int(state["phase"]), int(state["first_step"])
+            partition = tuple(
+                Group(
+                    parameters=tuple(str(name) for name in group["parameters"]),
+                    name=None if group["name"] is None else str(group["name"]),
+                    lr_ratio=float(group["lr_ratio"]),
+                    no_decay=bool(group["no_decay"]),
+                )
+                for group in state["partition"]
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the switch's state in the checkpoint is damaged: {error!r}.") from error
+        if phase < 0 or first_step < 0:
+            raise CheckpointError(f"the switch's state in the checkpoint is damaged: phase {phase}, first step {first_step}.")
+        return cls(phase, first_step, str(state.get("optimizer", "")), partition)
+
+
+class PlannedPhase(NamedTuple):
+    """A later phase as it was built for a trial at the start of training."""
+
+    first_step: int
+    reason: str
+    phase: Phase
+
+
+class OptimizerSwitchCallback(Callback):
+    """Moves training to another optimizer and schedule at a chosen moment.
+
+    The new phase is built completely, for exactly the parameters that the running optimizer had, before the old one is
+    touched; optimizer and scheduler are exchanged together at the first batch of a step; the old state is freed. What is
+    saved lets a run resume on either side of the switch. Every later phase is built once for a trial before the first step,
+    so that a setting that cannot work ends the run at once.
+
+    Args:
+        at: moment of the switch, from the start of training: ``30ep``, ``12000st`` or ``70%`` (of the whole training).
+        optimizer: factory of the next optimizer, ``partial(torch.optim.SGD, lr=0.1)``. Without a learning rate its class's
+            default holds.
+        when: not available yet; ``None``.
+        scheduler: the next schedule; ``None`` is constant. A `Schedule`, a factory of a torch scheduler (stepped once an
+            epoch, as in Lightning), or Lightning's dictionary around either.
+        param_groups: ``"inherit"`` keeps the running groups: their names, members, ratios of learning rates and zero decays.
+            ``ParamGroups()`` is one group of all trainable parameters.
+        handover: what crosses the switch. ``"own"``: nothing; the next phase starts with its own learning rate.
+        then: the switch after this one.
+        gradient_clip_val: the Trainer's value from the switch on; ``"keep"`` leaves it, ``None`` ends clipping. The Trainer's
+            own value is set back when training ends.
+        optimizer_index: not available yet; 0.
+        on_resume: not available yet; ``"error"``.
+        dry_run: not available yet; ``False``.
+        enabled: ``False`` makes the callback do nothing.
+
+    Raises:
+        ConfigError: for a moment that is missing or malformed, or an option that is not available yet. At the start of training:
+            for a moment outside it, a strategy without support, or a phase that cannot be built.
+        ConfigTypeError: for a bare number as moment, or an optimizer where a factory belongs.
+        CheckpointError: on resume, for saved state that does not fit this run.
+
+    >>> from functools import partial
+    >>> import torch
+    >>> OptimizerSwitchCallback(at="30ep", optimizer=partial(torch.optim.SGD, lr=0.1))
+    OptimizerSwitchCallback(at='30ep')
+    """
+
+    def __init__(
+        self,
+        at: str | Duration | None = None,
+        optimizer: OptimizerFactory | None = None,
+        *,
+        when: None = None,
+        scheduler: Schedule | SchedulerFactory | SchedulerConfig | Literal["continue"] | None = None,
+        param_groups: Literal["inherit"] | Inherit | ParamGroups = "inherit",
+        handover: Literal["own"] | Handover = "own",
+        then: OptimizerSwitchCallback | None = None,
+        gradient_clip_val: Literal["keep"] | float | None = "keep",
+        optimizer_index: int = 0,
+        on_resume: Literal["error"] = "error",
+        dry_run: bool = False,
+        enabled: bool = True,
+    ) -> None:
+        self.enabled = enabled
+        self.optimizer_index = optimizer_index
+        self.then = then if then is not None and then.enabled else None
+        self.gradient_clip_val = gradient_clip_val
+        self._state = SwitchState()
+        self._tensors: dict[str, Tensor] = {}
+        self._moments: tuple[int, ...] = ()
+        self._trainer_clip_val: float | None = None
+        if not enabled:
+            return
+        _refuse("when", when, None)
+        _refuse("optimizer_index", optimizer_index, 0)
+        _refuse("on_resume", on_resume, "error")
+        _refuse("dry_run", dry_run, False)
+        if at is None:
+            raise ConfigError("a switch needs its moment: 5ep (epochs), 5st (optimizer steps) or 5% (of training).", "at")
+        if optimizer is None:
+            raise ConfigError("a switch needs the factory of its next optimizer, for example partial(SGD, lr=0.1).", "optimizer")
+        self.at = Duration.parse(at, key="at")
+        phases.check_factory(optimizer, Optimizer, "optimizer")
+        self.optimizer = optimizer
+        self.scheduler = _default_if_empty(scheduler, None)
+        _refuse("scheduler", scheduler == "continue", False, shown="'continue'")
+        self.param_groups = _param_groups(_default_if_empty(param_groups, "inherit"))
+        self.handover = Handover.of(_default_if_empty(handover, "own"))
+        _check_clip_val(gradient_clip_val)
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(optimizer_index=self.optimizer_index)
+
+    @property
+    def phase(self) -> int:
+        """Index of the running phase; 0 is the one that the module configured."""
+        return self._state.phase
+
+    @property
+    def first_step(self) -> int:
+        """0-based global step at which the running phase began."""
+        return self._state.first_step
+
+    @property
+    def chain(self) -> tuple[OptimizerSwitchCallback, ...]:
+        """This switch and those after it; empty when it is not enabled."""
+        return (self, *(self.then.chain if self.then else ())) if self.enabled else ()
+
+    def __repr__(self) -> str:
+        if not self.enabled:
+            return f"{type(self).__name__}(enabled=False)"
+        then = f", then={self.then!r}" if self.then else ""
+        return f"{type(self).__name__}(at={str(self.at)!r}{then})"
+
+    # Lightning's hooks
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit" or not self.enabled:
+            return
+        # First, so that a monitor of learning rates sees the new one at the first new step; a new list, because Lightning
+        # iterates over the old one.
+        trainer.callbacks = [self, *(callback for callback in trainer.callbacks if callback is not self)]
+        if trainer.global_step < self._state.first_step:
+            self._state = SwitchState()  # another Trainer: what an earlier one reached does not hold here
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.enabled:
+            return
+        strategies.check_supported(trainer)
+        running = strategies.running_optimizer(trainer)
+        partition = record(running.param_groups, strategies.parameter_names(pl_module))
+        self._tensors = {**named_tensors(running.param_groups, partition), **strategies.parameters(pl_module)}
+        self._trainer_clip_val = trainer.gradient_clip_val
+        if self._state.phase == 0:
+            self._state = replace(self._state, optimizer=type(running).__name__, partition=partition)
+        else:
+            self._restore_phase(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.enabled:
+            self._moments = tuple(planned.first_step for planned in self.planned(trainer))
+            self._log_phase(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._is_due(trainer, batch_idx):
+            self._switch(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._let_go(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._let_go(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._state.to_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._state = SwitchState.from_dict(state_dict)
+
+    # What is known before training
+
+    def planned(self, trainer: Trainer) -> Iterator[PlannedPhase]:
+        """Builds every phase that is still to come, for a trial, and yields each.
+
+        Raises:
+            ConfigError: for a moment outside the training or not after the one before it, and for a phase that cannot be built.
+        """
+        partition, previous = self._state.partition, self._state.first_step
+        clock = strategies.clock(trainer)
+        for index, switch in enumerate(self.chain[self.phase :], start=self.phase):
+            try:
+                moment = switch._moment(clock, previous, is_first=index == 0)
+                partition = switch._partition(partition, trainer)
+                phase_clock = replace(clock, first_step=moment)
+                phase = phases.build(switch.optimizer, switch.scheduler, partition, self._tensors, phase_clock)
+            except ConfigError as error:
+                raise error.within(".".join(("switch", *["then"] * index))) from None
+            yield PlannedPhase(moment, f"at={switch.at}", phase)
+            previous = moment
+
+    def _moment(self, clock: Clock, previous: int, is_first: bool) -> int:
+        step = self.at.steps(clock, clock.total_steps, key="at")
+        if step <= 0:
+            raise ConfigError(f"{self.at} is step {step}; the first phase would not make a step. Begin with this optimizer.", "at")
+        if not is_first and step <= previous:
+            raise ConfigError(f"{self.at} is step {step}, but the switch before it is at step {previous}. Moments must grow.", "at")
+        if clock.total_steps is not None and step >= clock.total_steps:
+            raise ConfigError(
+                f"{self.at} is step {step}, but training ends after {clock.total_steps} steps. Choose an earlier moment.", "at"
+            )
+        return step
+
+    def _partition(self, running: Partition, trainer: Trainer) -> Partition:
+        if isinstance(self.param_groups, Inherit):
+            return running
+        parameters = strategies.parameters(trainer.lightning_module)
+        return self.param_groups.partition(name for name, tensor in parameters.items() if tensor.requires_grad)
+
+    # The switch, in its order: ask, build, exchange, announce
+
+    def _is_due(self, trainer: Trainer, batch_idx: int) -> bool:
+        moments = self._moments
+        return (
+            bool(moments)
+            and trainer.global_step >= moments[0]
+            and strategies.opens_accumulation_window(trainer, batch_idx)
+        )
+
+    def _switch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        switch = self.chain[self.phase]
+        old = weakref.ref(strategies.running_optimizer(trainer))
+        before, freed = phases.describe(old()), phases.state_bytes(old())  # type: ignore[arg-type]
+        phase, state = self._build_next(trainer, pl_module)
+        after = f"{phases.describe(phase.optimizer)} ({_lr_rule(switch.handover, phase.optimizer)})"
+        self._exchange(trainer, phase, state)
+        self._moments = self._moments[1:]
+        fate = "freed" if old() is None else "still held elsewhere"
+        facts = [phases.describe_schedule(phase.lr_scheduler["scheduler"]), f"momentum {switch.handover.momentum}", f"{fate} {format_bytes(freed)}", *phase.notes]
+        self._announce(
+            trainer,
+            f"SWITCH at step {state.first_step} (epoch {trainer.current_epoch}): {before} -> {after}, "
+            f"because at={switch.at} was reached; {', '.join(facts)}",
+        )
+
+    def _build_next(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Phase, SwitchState]:
+        switch, step = self.chain[self.phase], trainer.global_step
+        running = strategies.running_optimizer(trainer)
+        names = strategies.parameter_names(pl_module)
+        partition = switch._partition(extend(self._state.partition, record(running.param_groups, names)), trainer)
+        clock = strategies.clock(trainer, first_step=step)
+        phase = phases.build(switch.optimizer, switch.scheduler, partition, self._tensors, clock)
+        return phase, SwitchState(self.phase + 1, step, type(phase.optimizer).__name__, partition)
+
+    def _exchange(self, trainer: Trainer, phase: Phase, state: SwitchState) -> None:
+        """Puts optimizer, schedule, state and clipping in place, all or nothing."""
+        installation = strategies.Installation(trainer, phase.optimizer, phase.lr_scheduler)
+        before = self._state, trainer.gradient_clip_val
+        try:
+            installation.install()
+            self._state = state
+            trainer.gradient_clip_val = self._clip_val()
+            assert strategies.stepping_optimizer(trainer) is phase.optimizer
+        except BaseException:
+            installation.undo()
+            self._state, trainer.gradient_clip_val = before
+            raise
+
+    def _announce(self, trainer: Trainer, line: str) -> None:
+        rank_zero_info(line)
+        self._log_phase(trainer)
+
+    def _log_phase(self, trainer: Trainer) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics({"phase": self.phase}, step=trainer.global_step)
+
+    # Resume and end
+
+    def _restore_phase(self, trainer: Trainer) -> None:
+        """Builds and installs the phase that a checkpoint, or an earlier fit of this trainer, had reached."""
+        state, phase_count = self._state, len(self.chain)
+        if state.phase > phase_count:
+            raise CheckpointError(
+                f"the checkpoint was written in phase {state.phase} ({state.optimizer}), but this run's switch leads only to "
+                f"phase {phase_count}. Resume with the switch of the run that wrote it."
+            )
+        missing = [name for group in state.partition for name in group.parameters if name not in self._tensors]
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint's {state.optimizer} holds {len(missing)} parameters that the model does not have: "
+                f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}."
+            )
+        switch = self.chain[state.phase - 1]
+        clock = strategies.clock(trainer, first_step=state.first_step)
+        phase = phases.build(switch.optimizer, switch.scheduler, state.partition, self._tensors, clock)
+        self._exchange(trainer, phase, state)
+
+    def _clip_val(self) -> float | None:
+        values = [switch.gradient_clip_val for switch in self.chain[: self.phase] if switch.gradient_clip_val != "keep"]
+        return values[-1] if values else self._trainer_clip_val  # type: ignore[return-value]
+
+    def _let_go(self, trainer: Trainer) -> None:
+        if self._tensors:
+            trainer.gradient_clip_val = self._trainer_clip_val
+            self._tensors, self._moments = {}, ()
+
+
+def find_switch(trainer: Trainer) -> OptimizerSwitchCallback | None:
+    """The trainer's enabled switch, if it has one."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, OptimizerSwitchCallback) and callback.enabled), None)
+
+
+def _refuse(option: str, value: Any, default: Any, shown: str = "") -> None:
+    if value != default:
+        raise ConfigError(f"{shown or repr(value)} is not available yet.", option)
+
+
+def _default_if_empty(value: Any, default: Any) -> Any:
+    """A slot that a configuration left empty (``{}`` or ``null``) means its default."""
+    return default if value is None or (isinstance(value, Mapping) and not value) else value
+
+
+def _param_groups(value: Any) -> Inherit | ParamGroups:
+    if value == "inherit":
+        return Inherit()
+    if isinstance(value, Inherit | ParamGroups):
+        return value
+    raise ConfigTypeError(f"{value!r} says nothing about groups. Write 'inherit' or ParamGroups().", "param_groups")
+
+
+def _check_clip_val(value: Any) -> None:
+    if value is None or value == "keep":
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigTypeError(f"{value!r} is no clipping value. Write a number, null (no clipping) or 'keep'.", "gradient_clip_val")
+    if value < 0:
+        raise ConfigError(f"{value!r} is below zero.", "gradient_clip_val")
+
+
+def _lr_rule(handover: Handover, optimizer: Optimizer) -> str:
+    """The rule that gave the learning rate, and whether it is the class's default rather than the user's."""
+    default = inspect.signature(type(optimizer)).parameters.get("lr")
+    base = optimizer.param_groups[0].get("initial_lr")
+    return f"{handover.lr}, the default of {type(optimizer).__name__}" if default and base == default.default else handover.lr
+
+
+def format_bytes(count: int) -> str:
+    """A number of bytes for a person.
+
+    >>> format_bytes(304_000), format_bytes(12)
+    ('304.0 KB', '12 B')
+    """
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} B"
