@@ -41,7 +41,7 @@ _HOMES = {
     "configure_optimizers": "hooks",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -157,7 +157,7 @@ def _target(node: Node, bases: tuple[type, ...], key: str) -> type:
     target = node.get("_target_")
     wanted = " or ".join(base.__name__ for base in bases)
     if not isinstance(target, str) or not target.replace(".", "_").isidentifier() or "." not in target:
-        raise ConfigError(f"{target!r} names no class. Write the path of a class of {wanted}, package.module.Class.", f"{key}._target_")
+        raise ConfigError(f"{target!r} is no path of a class. Write package.module.Class, of {wanted}.", f"{key}._target_")
     package = target.partition(".")[0]
     _check_package(package, target, f"{key}._target_")
     try:
@@ -184,9 +184,8 @@ def _check_package(package: str, target: str, key: str) -> None:
 
 def _not_found(target: str, error: Exception) -> str:
     module_name, _, name = target.rpartition(".")
-    if error.__class__ is ModuleNotFoundError and getattr(error, "name", None) not in (None, module_name, target):
-        if not target.startswith(str(error.name)):  # type: ignore[attr-defined]
-            return f"importing {target} failed: {error}."
+    if isinstance(error, ImportError) and not target.startswith(error.name or target):
+        return f"importing {target} failed: {error}."  # one of the imports within it
     module_object = sys.modules.get(module_name)
     if module_object is None:
         return f"there is no module {module_name!r}."
@@ -218,10 +217,8 @@ def _check_keys(cls: type, options: dict[str, Any], key: str) -> None:
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for name, value in options.items():
         if name not in parameters and not takes_any:
-            allowed = ", ".join(option for option, parameter in parameters.items() if parameter.kind is not parameter.VAR_POSITIONAL)
-            raise ConfigError(
-                f"{cls.__name__} has no option {name!r}." + did_you_mean(name, parameters) + f" Options: {allowed}.", f"{key}.{name}"
-            )
+            nearest = did_you_mean(name, parameters)
+            raise ConfigError(f"{cls.__name__} has no option {name!r}.{nearest} Options: {', '.join(parameters)}.", f"{key}.{name}")
         if value == "???":
             raise ConfigError("must be given.", f"{key}.{name}")
         _check_number(value, parameters.get(name), f"{key}.{name}", is_lr=name == "lr" and issubclass(cls, Optimizer))

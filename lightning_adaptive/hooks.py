@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_adaptive import config, phases, strategies
 from lightning_adaptive.errors import ConfigError
@@ -33,7 +34,7 @@ class _FirstPhase:
         if isinstance(groups, Inherit):
             raise ConfigError("the first phase has no groups to inherit. Leave it out, or write none.", "param_groups")
         factory = config.optimizer_factory(optimizer)
-        phases.check_factory(factory, phases.Optimizer, "optimizer")
+        phases.check_factory(factory, Optimizer, "optimizer")
         return cls(factory, config.scheduler(scheduler), groups)
 
 

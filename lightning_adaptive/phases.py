@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Required, TypedDict
+from typing import Any, Literal, Required, TypedDict, cast
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
@@ -25,6 +24,7 @@ SchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
 
 CURVE_NAME = "lr"
 """The one name under which `LearningRateMonitor` logs the learning rates of all phases."""
+
 
 class SchedulerConfig(TypedDict, total=False):
     """Lightning's dictionary around a scheduler, with a `Schedule` or a factory where Lightning has the scheduler itself."""
@@ -135,11 +135,7 @@ def check_factory(value: Any, base: type, key: str) -> None:
 
 def state_bytes(optimizer: Optimizer) -> int:
     """Bytes of the tensors in the optimizer's state on this process."""
-    return sum(
-        value.numel() * value.element_size()
-        for state in optimizer.state.values()
-        for value in _tensors(state)
-    )
+    return sum(value.numel() * value.element_size() for state in optimizer.state.values() for value in _tensors(state))
 
 
 def _tensors(state: Any) -> Iterable[Tensor]:
@@ -153,9 +149,7 @@ def _tensors(state: Any) -> Iterable[Tensor]:
             yield from _tensors(value)
 
 
-def _optimizer(
-    factory: OptimizerFactory, partition: Partition, tensors: Mapping[str, Tensor]
-) -> tuple[Optimizer, tuple[str, ...]]:
+def _optimizer(factory: OptimizerFactory, partition: Partition, tensors: Mapping[str, Tensor]) -> tuple[Optimizer, tuple[str, ...]]:
     lists = [[tensors[name] for name in group.parameters] for group in partition]
     if not any(lists):
         raise ConfigError("there is nothing to train: no parameter requires a gradient.", "optimizer")
@@ -229,7 +223,7 @@ def _scheduler(
         except ConfigError as error:
             raise error.within("scheduler") from None
     else:
-        built = scheduler(optimizer)  # type: ignore[operator]
+        built = cast(SchedulerFactory, scheduler)(optimizer)
     if not isinstance(built, LRScheduler | ReduceLROnPlateau):
         raise ConfigTypeError(f"the factory returned a {type(built).__name__}, not a scheduler of torch.", "scheduler")
     plateau = isinstance(built, ReduceLROnPlateau)
@@ -250,6 +244,7 @@ def describe_schedule(scheduler: LRScheduler | ReduceLROnPlateau | None) -> str:
 def describe(optimizer: Optimizer) -> str:
     """The optimizer's class with its learning rates, for a person.
 
+    >>> import torch
     >>> describe(torch.optim.SGD([torch.zeros(1)], lr=0.1))
     'SGD lr 1.0e-01'
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import platform
@@ -78,12 +79,11 @@ class RunReport(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin(trainer)
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._loss, self._batches = None, 0
-
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._open is None or self._open.number != _phase_number(trainer):
             self._begin(trainer)
+        if batch_idx == 0:
+            self._loss, self._batches = None, 0
         self._lrs = [group["lr"] for group in trainer.optimizers[0].param_groups]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -165,6 +165,18 @@ def table(phases: Sequence[PhaseReport], metric: str | None) -> tuple[list[str],
     return header, rows
 
 
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in plain text, its columns two blanks apart.
+
+    >>> print(aligned(["a", "b"], [["10", "2"]]))
+    a   b
+    10  2
+    """
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown.
 
@@ -205,22 +217,22 @@ def picture(metrics_csv: Path, phases: Sequence[PhaseReport], metric: str | None
 
     curves = read_curves(metrics_csv)
     panels = [
-        ("loss", {name: curve for name, curve in curves.items() if "loss" in name and not name.startswith("test")}, "log"),
-        (metric or "metric", {name: curve for name, curve in curves.items() if name == metric}, "linear"),
-        ("learning rate", {name: curve for name, curve in curves.items() if name == "lr" or name.startswith(("lr-", "lr/"))}, "log"),
+        ("loss", [name for name in curves if "loss" in name and not name.startswith("test")], "log"),
+        (metric or "metric", [name for name in curves if name == metric], "linear"),
+        ("learning rate", [name for name in curves if name == "lr" or name.startswith(("lr-", "lr/"))], "log"),
     ]
     figure, axes = plt.subplots(len(panels), 1, figsize=(8, 7), sharex=True, layout="constrained")
     for axis, (title, chosen, scale) in zip(axes, panels, strict=True):
-        for name, (steps, values) in chosen.items():
+        for name in chosen:
+            steps, values = curves[name]
             marker = "." if len(steps) < 60 else None
             axis.plot(steps, values, label=name, marker=marker, linewidth=1.2)
-        for before, after in zip(phases, phases[1:], strict=False):
+        for before, after in itertools.pairwise(phases):
             axis.axvline(after.first_step, color="0.4", linestyle="--", linewidth=1)
             if axis is axes[0]:
-                axis.text(
-                    after.first_step, 1.02, f"{before.optimizer} → {after.optimizer}", transform=axis.get_xaxis_transform(), ha="center"
-                )
-        positive = [value for _, values in chosen.values() for value in values if value > 0]
+                words = f"{before.optimizer} → {after.optimizer}"
+                axis.text(after.first_step, 1.02, words, transform=axis.get_xaxis_transform(), ha="center")
+        positive = any(value > 0 for name in chosen for value in curves[name][1])
         axis.set(ylabel=title, yscale=scale if positive else "linear")
         axis.grid(alpha=0.3)
         if chosen:

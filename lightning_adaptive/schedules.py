@@ -91,7 +91,7 @@ class Constant(Schedule):
     """The base value itself, after an optional warm-up."""
 
     def shape(self, clock: Clock, steps: int | None) -> Factor:
-        return _one
+        return lambda _: 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,10 +161,6 @@ class StepDecay(Schedule):
             return float(gamma ** (min(step, last) // every))
 
         return factor
-
-
-def _one(step: int) -> float:
-    return 1.0
 
 
 def _is_number(value: object) -> bool:

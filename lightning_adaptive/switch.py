@@ -203,7 +203,8 @@ class OptimizerSwitchCallback(Callback):
             return
         # First, so that a monitor of learning rates sees the new one at the first new step; a new list, because Lightning
         # iterates over the old one.
-        trainer.callbacks = [self, *(callback for callback in trainer.callbacks if callback is not self)]
+        others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+        trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
         if trainer.global_step < self._state.first_step:
             self._state = SwitchState()  # another Trainer: what an earlier one reached does not hold here
 
@@ -284,22 +285,20 @@ class OptimizerSwitchCallback(Callback):
 
     def _is_due(self, trainer: Trainer, batch_idx: int) -> bool:
         moments = self._moments
-        return (
-            bool(moments)
-            and trainer.global_step >= moments[0]
-            and strategies.opens_accumulation_window(trainer, batch_idx)
-        )
+        return bool(moments) and trainer.global_step >= moments[0] and strategies.opens_accumulation_window(trainer, batch_idx)
 
     def _switch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         switch = self.chain[self.phase]
-        old = weakref.ref(strategies.running_optimizer(trainer))
-        before, freed = phases.describe(old()), phases.state_bytes(old())  # type: ignore[arg-type]
+        running = strategies.running_optimizer(trainer)
+        before, freed, old = phases.describe(running), phases.state_bytes(running), weakref.ref(running)
+        del running  # or it could not be freed
         phase, state = self._build_next(trainer, pl_module)
         after = f"{phases.describe(phase.optimizer)} ({_lr_rule(switch.handover, phase.optimizer)})"
         self._exchange(trainer, phase, state)
         self._moments = self._moments[1:]
         fate = "freed" if old() is None else "still held elsewhere"
-        facts = [phases.describe_schedule(phase.lr_scheduler["scheduler"]), f"momentum {switch.handover.momentum}", f"{fate} {format_bytes(freed)}", *phase.notes]
+        schedule = phases.describe_schedule(phase.lr_scheduler["scheduler"])
+        facts = [schedule, f"momentum {switch.handover.momentum}", f"{fate} {format_bytes(freed)}", *phase.notes]
         self._announce(
             trainer,
             f"SWITCH at step {state.first_step} (epoch {trainer.current_epoch}): {before} -> {after}, "
@@ -360,7 +359,7 @@ class OptimizerSwitchCallback(Callback):
 
     def _clip_val(self) -> float | None:
         values = [switch.gradient_clip_val for switch in self.chain[: self.phase] if switch.gradient_clip_val != "keep"]
-        return values[-1] if values else self._trainer_clip_val  # type: ignore[return-value]
+        return values[-1] if values else self._trainer_clip_val
 
     def _let_go(self, trainer: Trainer) -> None:
         if self._tensors:
@@ -405,7 +404,8 @@ def _lr_rule(handover: Handover, optimizer: Optimizer) -> str:
     """The rule that gave the learning rate, and whether it is the class's default rather than the user's."""
     default = inspect.signature(type(optimizer)).parameters.get("lr")
     base = optimizer.param_groups[0].get("initial_lr")
-    return f"{handover.lr}, the default of {type(optimizer).__name__}" if default and base == default.default else handover.lr
+    is_default = default is not None and base == default.default
+    return f"{handover.lr}, the default of {type(optimizer).__name__}" if is_default else handover.lr
 
 
 def format_bytes(count: int) -> str:

@@ -92,7 +92,7 @@ class PhaseGroupSource(FileConfigSource):
         return sorted({name for found in names for name in found})
 
     def _serves(self, config_path: str) -> bool:
-        first = config_path.split("/")[0]
+        first = config_path.partition("/")[0]
         return first in ("", ".") or (first == "recipe" if self.path else first in PHASE_GROUPS)
 
     def _locate(self, config_path: str) -> tuple[FileConfigSource, str]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -36,7 +37,7 @@ def run_key(overrides: Sequence[str]) -> str:
     """A sweep folder's name for a job: its overrides, readable as far as 48 characters go, and 8 digits of their hash.
 
     >>> run_key(["seed=1", "switch.at=3ep"])
-    'seed-1_switch.at-3ep_b04c4d95'
+    'seed-1_switch.at-3ep_433df39d'
     """
     text = ",".join(str(override) for override in overrides)
     head = re.sub(r"[^\w.+-]+", "_", text.replace("=", "-")).strip("_")[:48]
@@ -87,9 +88,7 @@ def _as_lightning_expects(command: str) -> Iterator[None]:
     """
     import __main__
 
-    hydra_config = HydraConfig.instance().cfg
-    assert hydra_config is not None
-    hydra = hydra_config.hydra
+    hydra: Any = HydraConfig.get()
     kept = {"argv": sys.argv, "spec": __main__.__spec__, "run_dir": hydra.run.dir}
     environment = {name: os.environ.get(name) for name in _DISTRIBUTED}
     search_path = [override for override in hydra.overrides.hydra if override.startswith("hydra.searchpath=")]

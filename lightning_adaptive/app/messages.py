@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +10,10 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import CompactHydraException, MissingConfigException
-from hydra_plugins.lightning_adaptive import data_folder
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hydra_plugins.lightning_adaptive import data_folder
 from lightning_adaptive.errors import did_you_mean
 
 _SHOWN = 30
@@ -52,7 +53,7 @@ def _unknown_key(key: str, arguments: Sequence[str]) -> str:
 def _keys(parent: str, arguments: Sequence[str]) -> list[str]:
     """The keys of a node in the config that the other arguments compose; none if they are wrong as well."""
     overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
-    for flag, value in zip(arguments, arguments[1:], strict=False):
+    for flag, value in itertools.pairwise(arguments):
         if flag in ("-cd", "--config-dir"):
             overrides.append(f"hydra.searchpath=['file://{Path(value).resolve()}']")
     GlobalHydra.instance().clear()

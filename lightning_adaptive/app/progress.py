@@ -40,7 +40,7 @@ class PhaseProgressBar(RichProgressBar):
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         if not (trainer.training or trainer.validating) or not trainer.optimizers:
-            return metrics  # type: ignore[return-value]
+            return metrics
         phase, lr = phase_words(trainer)
         return {"phase": phase, "lr": lr, **metrics}
 

@@ -9,10 +9,10 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from rich.tree import Tree
 
 from lightning_adaptive.plan import plan
+from lightning_adaptive.report import aligned
 
 
 class ShowPlan(Callback):
@@ -32,17 +32,14 @@ class ShowPlan(Callback):
         if trainer.is_global_zero:
             (self._folder / "plan.txt").write_text(text + "\n", encoding="utf-8")
             console = Console(soft_wrap=True, highlight=False)
-            console.print(_tree(f"RUN  {self._folder}", self._config))
             console.print(escape(text))
+            console.print(_tree(f"RUN   {self._folder}", self._config))
 
 
 def show_result(header: Sequence[str], rows: Sequence[Sequence[str]], test: str, folder: Path) -> None:
     """Prints the closing table, the test metrics, and what lies in the run folder."""
     console = Console(soft_wrap=True, highlight=False)
-    table = Table(*(escape(name) for name in header), box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
-    console.print(table)
+    console.print(escape(f"\n{aligned(header, rows)}\n"))
     if test:
         console.print(escape(f"test   {test}"))
     files = sorted(file.name + ("/" if file.is_dir() else "") for file in folder.iterdir() if not file.name.startswith("."))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
-from hydra_plugins.lightning_adaptive import data_folder
 from omegaconf import DictConfig, OmegaConf
 
+from hydra_plugins.lightning_adaptive import data_folder
 from lightning_adaptive.app import job
 from lightning_adaptive.app.interrupt import Signals
 from lightning_adaptive.errors import CheckpointError, ConfigError
@@ -18,7 +19,7 @@ from lightning_adaptive.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-    from lightning_adaptive.report import RunReport
+    from lightning_adaptive.report import PhaseReport
 
 
 @hydra.main(version_base="1.3", config_path=str(data_folder("conf")), config_name="train")
@@ -30,8 +31,6 @@ def main(config: DictConfig) -> float | None:
 def _train(config: DictConfig, signals: Signals) -> float | None:
     checkpoint = _checkpoint(config.ckpt_path)
     _require("rich", "matplotlib")
-    import warnings
-
     import lightning.pytorch as pl
 
     from lightning_adaptive import config as build
@@ -42,8 +41,7 @@ def _train(config: DictConfig, signals: Signals) -> float | None:
     from lightning_adaptive.hooks import attach
     from lightning_adaptive.report import RunReport
 
-    # The run folder exists before its logger does: Hydra made it.
-    warnings.filterwarnings("ignore", r"Experiment logs directory .* exists and is not empty")
+    _silence_noise()
     folder = Path(config.output_dir)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     monitor = config.task.get("monitor")
@@ -68,14 +66,15 @@ def _train(config: DictConfig, signals: Signals) -> float | None:
     trainer = build.trainer(config.trainer, callbacks=callbacks, logger=build.loggers(config.logger) or False)
     try:
         trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        metrics = _test(trainer, model, data) if config.test else {}
+        # Before the test, which loads the best checkpoint and with it the report's state of that time.
+        phases, metrics = report.phases, {name: float(value) for name, value in trainer.callback_metrics.items()}
+        tested = _test(trainer, model, data) if config.test else {}
     except BaseException:
         strategies.end_processes(trainer)
         raise
     if trainer.is_global_zero:
-        _close(trainer, report, metrics, config, folder)
-    value = trainer.callback_metrics.get(monitor) if monitor else None
-    return None if value is None else float(value)
+        _close(trainer, folder, phases, monitor, metrics, tested, seed=config.seed)
+    return metrics.get(monitor) if monitor else None
 
 
 def _test(trainer: Trainer, model: LightningModule, data: LightningDataModule) -> dict[str, float]:
@@ -90,26 +89,28 @@ def _test(trainer: Trainer, model: LightningModule, data: LightningDataModule) -
     return dict(metrics)
 
 
-def _close(trainer: Trainer, report: RunReport, metrics: dict[str, float], config: DictConfig, folder: Path) -> None:
+def _close(
+    trainer: Trainer,
+    folder: Path,
+    phases: Sequence[PhaseReport],
+    monitor: str | None,
+    metrics: dict[str, float],
+    tested: dict[str, float],
+    **facts: Any,
+) -> None:
     """Writes and shows what the run did."""
-    from lightning_adaptive import report as reports
+    from lightning_adaptive import report
     from lightning_adaptive.app.show import show_result
 
-    header, rows = reports.table(report.phases, report.monitor)
-    test = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-    (folder / "summary.md").write_text(f"{reports.markdown(header, rows)}\n\n{test}\n", encoding="utf-8")
+    header, rows = report.table(phases, monitor)
+    test = "  ".join(f"{name} {value:.4f}" for name, value in tested.items())
+    (folder / "summary.md").write_text(f"{report.markdown(header, rows)}\n\n{test}\n", encoding="utf-8")
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    reports.write_result(
-        folder / "result.json",
-        report.phases,
-        {**{name: float(value) for name, value in trainer.callback_metrics.items()}, **metrics},
-        seed=config.seed,
-        steps=trainer.global_step,
-        best_checkpoint=os.path.relpath(best, folder) if best else None,
-    )
+    facts |= {"steps": trainer.global_step, "best_checkpoint": os.path.relpath(best, folder) if best else None}
+    report.write_result(folder / "result.json", phases, {**metrics, **tested}, **facts)
     curves = folder / "metrics.csv"
     if curves.is_file():
-        reports.picture(curves, report.phases, report.monitor, folder / "run.png")
+        report.picture(curves, phases, monitor, folder / "run.png")
     show_result(header, rows, test, folder)
 
 
@@ -131,6 +132,18 @@ def _checkpoint(path: str | None) -> str | None:
             f"ckpt_path={path}: is no checkpoint, or not a whole one ({file.stat().st_size:,} bytes). It was left as it is."
         )
     return path
+
+
+def _silence_noise() -> None:
+    """Lines of Lightning's that say nothing about this run."""
+    import logging
+    import warnings
+
+    # The run folder exists before its logger does: Hydra made it.
+    warnings.filterwarnings("ignore", r"Experiment logs directory .* exists and is not empty")
+    # Lightning 2.6 asks torch in a way that torch 2.13 no longer likes.
+    warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\).* is deprecated")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
 
 
 def _require(*packages: str) -> None:
