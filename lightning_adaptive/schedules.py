@@ -7,6 +7,7 @@ phase before a switch follows the same curve as a run without one; a switch cuts
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -70,7 +71,8 @@ class Schedule(ABC):
             for field in fields(self)
             if (value := getattr(self, field.name)) not in (None, field.default) and str(value) != str(field.default)
         ]
-        return ", ".join([type(self).__name__.lower(), *options])
+        words = re.sub(r"(?<!^)(?=[A-Z])", " ", type(self).__name__).lower()
+        return ", ".join([words, *options])
 
     def _parse(self, field: str) -> Duration:
         duration = Duration.parse(getattr(self, field), key=field)
