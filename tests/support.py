@@ -26,6 +26,7 @@ QUIET = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
     "enable_checkpointing": False,
+    "log_every_n_steps": 1,
 }
 
 
@@ -46,11 +47,15 @@ class Net(LightningModule):
         self.log("train/loss", loss)
         return loss
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val/loss", nn.functional.cross_entropy(self.net(batch[0]), batch[1]), sync_dist=True)
-
     def configure_optimizers(self) -> Any:
         return torch.optim.Adam(self.parameters(), lr=self.lr)
+
+
+class ValidatedNet(Net):
+    """The same with a validation loss."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", nn.functional.cross_entropy(self.net(batch[0]), batch[1]), sync_dist=True)
 
 
 def dataset(size: int = 64) -> TensorDataset:

@@ -88,8 +88,8 @@ def refuses_twelve(params: Any) -> SGD:
             partial(FlatSGD, lr=0.1, weight_decay=0.1),
             None,
             UNIFORM,
-            "optimizer.weight_decay: FlatSGD has no parameter groups, and its weight decay would reach groups that are kept free of "
-            "it. Set it to 0.",
+            "optimizer.weight_decay: FlatSGD has no parameter groups, and its weight decay would reach groups that are kept free "
+            "of it. Set it to 0.",
         ),
         (lambda _: "SGD", None, ONE, "optimizer: the factory returned a str, not a torch.optim.Optimizer."),
         (partial(SGD, lr=0.1), lambda _: 3, ONE, "scheduler: the factory returned a int, not a scheduler of torch."),

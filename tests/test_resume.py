@@ -1,0 +1,374 @@
+"""The same run back: every epoch's checkpoint, resumed, ends in the weights of the run that was never interrupted.
+
+The loader does not shuffle and the net draws nothing at random, so that only the switch is on trial here.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.strategies import Strategy
+from torch.optim import LBFGS, SGD, AdamW
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
+
+from lightning_adaptive import CheckpointError, Cosine, OptimizerSwitchCallback, StepDecay, attach, strategies
+from tests.pair import Pair
+from tests.support import Net, ValidatedNet, counted_steps, digest, loader, trainer
+
+# A resumed run saves nothing here.
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint")
+
+EPOCHS = 6
+TO_SGD = partial(SGD, lr=0.1, momentum=0.9)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run that is resumed: a switch, the steps each optimizer class takes, and the trainer's options.
+
+    Args:
+        switch: makes the callback.
+        steps: optimizer class of each step of one process; of two processes half as many.
+        options: the trainer's.
+        validated: whether it validates.
+        scheduled: whether the first phase has a schedule of ours.
+    """
+
+    switch: Callable[[], Callback]
+    at: float
+    classes: tuple[str, ...] = ("Adam", "SGD")
+    options: dict[str, Any] = field(default_factory=dict)
+    validated: bool = False
+    scheduled: bool = False
+
+
+def to_sgd(**options: Any) -> Callback:
+    return OptimizerSwitchCallback(**{"at": "2ep", "optimizer": TO_SGD, **options})
+
+
+CASES = {
+    "epoch": Case(to_sgd, at=2),
+    "mid-epoch": Case(partial(to_sgd, at="2.5ep"), at=2.5),
+    "scheduled": Case(partial(to_sgd, scheduler=Cosine(warmup="10%")), at=2, scheduled=True),
+    "validated": Case(to_sgd, at=2, validated=True),
+    "accumulated": Case(partial(to_sgd, scheduler=StepDecay(every="1ep")), at=2, options={"accumulate_grad_batches": 2}),
+    "clipped": Case(partial(to_sgd, gradient_clip_val=0.2), at=2, options={"gradient_clip_val": 0.5}),
+    "bf16": Case(to_sgd, at=2, options={"precision": "bf16-mixed"}),
+    "torch scheduler": Case(partial(to_sgd, scheduler=partial(StepLR, step_size=1, gamma=0.5)), at=2),
+    "plateau": Case(
+        partial(to_sgd, scheduler={"scheduler": partial(ReduceLROnPlateau, patience=0), "monitor": "val/loss"}),
+        at=2,
+        validated=True,
+    ),
+    "to AdamW": Case(partial(to_sgd, optimizer=partial(AdamW, lr=1e-3)), at=2, classes=("Adam", "AdamW")),
+    "to L-BFGS": Case(partial(to_sgd, optimizer=partial(LBFGS, lr=0.1, max_iter=2)), at=2, classes=("Adam", "LBFGS")),
+}
+
+
+def run(case: Case, folder: Path, resumed_from: Path | None = None, seed: int = 1, extra: tuple[Callback, ...] = ()) -> Any:
+    """Trains, saves every epoch unless it was resumed, and returns the weights' digest with the steps of each class."""
+    seed_everything(seed, verbose=False)
+    model: LightningModule = (ValidatedNet if case.validated else Net)()
+    if case.scheduled:
+        model = attach(model, optimizer=partial(torch.optim.Adam, lr=1e-2), scheduler=Cosine(warmup="5%"))
+    saver = ModelCheckpoint(folder, filename="epoch{epoch}", auto_insert_metric_name=False, save_top_k=-1)
+    callbacks = [case.switch(), *extra, *([saver] if resumed_from is None else [])]
+    distributed = {"strategy": "ddp", "devices": 2} if dist.is_torchelastic_launched() else {}
+    runner = trainer(
+        max_epochs=EPOCHS,
+        callbacks=callbacks,
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+        **distributed,
+        **case.options,
+    )
+    with counted_steps() as counts:
+        runner.fit(model, loader(), loader() if case.validated else None, ckpt_path=resumed_from, weights_only=True)
+    return digest(model), counts
+
+
+def steps_of(case: Case, from_epoch: int, steps_per_epoch: int) -> Counter[str]:
+    """What each class must step when a run begins after so many epochs."""
+    switch, begin, end = int(case.at * steps_per_epoch), from_epoch * steps_per_epoch, EPOCHS * steps_per_epoch
+    first, second = case.classes
+    return +Counter({first: max(switch - begin, 0), second: end - max(switch, begin)})
+
+
+def resume_everywhere(case: Case, folder: Path, seed: int) -> list[tuple[int, Any, Any]]:
+    """The uninterrupted run, then a run from the checkpoint of each epoch; run on each process of a group."""
+    reference = run(case, folder)
+    assert len(list(folder.glob("*.ckpt"))) == EPOCHS
+    resumed = [run(case, folder, folder / f"epoch{epoch}.ckpt", seed) for epoch in range(EPOCHS - 1)]
+    return [(0, *reference), *((epoch + 1, *result) for epoch, result in enumerate(resumed))]
+
+
+def assert_same_run(case: Case, runs: list[tuple[int, Any, Any]], steps_per_epoch: int) -> None:
+    reference = runs[0][1]
+    for from_epoch, weights, counts in runs:
+        assert counts == steps_of(case, from_epoch, steps_per_epoch), f"from epoch {from_epoch}"
+        assert weights == reference, f"from epoch {from_epoch}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_epoch_resumes_to_the_same_weights(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    batches = 8 // case.options.get("accumulate_grad_batches", 1)
+    assert_same_run(case, resume_everywhere(case, tmp_path, seed=2), steps_per_epoch=batches)
+
+
+@pytest.mark.parametrize("name", ["epoch", "mid-epoch", "scheduled", "validated", "accumulated", "clipped"])
+def test_every_epoch_resumes_to_the_same_weights_on_two_processes(name: str, tmp_path: Path, pair: Pair) -> None:
+    case = CASES[name]
+    one, other = pair.run(resume_everywhere, case, tmp_path, 1)
+    assert one == other
+    assert_same_run(case, one, steps_per_epoch=4 // case.options.get("accumulate_grad_batches", 1))
+
+
+class OnlyTheSetter(Callback):
+    """What people write: a new optimizer through the setter at an epoch, and nothing for a resume."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == 2:
+            trainer.strategy.optimizers = [TO_SGD(pl_module.parameters())]
+
+
+class AnEpochLate(OptimizerSwitchCallback):
+    """Our own switch, but its resumed moment is an epoch later than the run's."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if trainer.global_step:
+            self._moments = tuple(step + trainer.num_training_batches for step in self._moments)
+
+
+def test_a_callback_that_only_uses_the_setter_fails_these_tests(tmp_path: Path) -> None:
+    case = Case(OnlyTheSetter, at=2)
+    with pytest.raises(KeyError, match="step"):  # Adam is given SGD's state
+        resume_everywhere(case, tmp_path, seed=1)
+
+
+def test_a_callback_that_switches_an_epoch_late_fails_these_tests(tmp_path: Path) -> None:
+    case = Case(partial(AnEpochLate, at="2ep", optimizer=TO_SGD), at=2)
+    runs = resume_everywhere(case, tmp_path, seed=1)
+    with pytest.raises(AssertionError, match="from epoch 1"):
+        assert_same_run(case, runs, steps_per_epoch=8)
+
+
+class SaveOnException(Callback):
+    """Saves as Lightning's own callbacks do, without what they change in a run that is not resumed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+class Fault(Exception):
+    """Planted."""
+
+
+class Faulty(OptimizerSwitchCallback):
+    """Raises at a seam of the switch: before or after one of its parts."""
+
+    seam: str
+    error: type[BaseException]
+
+    def _is_due(self, trainer: Trainer, batch_idx: int) -> bool:
+        due = super()._is_due(trainer, batch_idx)
+        if due:
+            self._raise_at("ask")
+        return due
+
+    def _build_next(self, *arguments: Any) -> Any:
+        self._raise_at("before build")
+        built = super()._build_next(*arguments)
+        self._raise_at("after build")
+        return built
+
+    def _exchange(self, *arguments: Any) -> None:
+        super()._exchange(*arguments)
+        self._raise_at("after exchange")
+
+    def _clip_val(self) -> float | None:
+        self._raise_at("in exchange")
+        return super()._clip_val()
+
+    def _announce(self, *arguments: Any) -> None:
+        self._raise_at("before announce")
+        super()._announce(*arguments)
+        self._raise_at("after announce")
+
+    def _raise_at(self, seam: str) -> None:
+        if seam == self.seam:
+            raise self.error("planted")
+
+
+class Installing(strategies.Installation):
+    """Raises inside of the installation."""
+
+    seam: str
+    error: type[BaseException]
+
+    def install(self) -> None:
+        if self.seam == "before install":
+            raise self.error("planted")
+        super().install()
+        if self.seam == "after install":
+            raise self.error("planted")
+
+
+@pytest.fixture
+def optimizers_setter(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[type[BaseException]], None]]:
+    """Makes Lightning's setter raise once, after it has set: the seam between new optimizer and new scheduler."""
+    plain = Strategy.optimizers
+
+    def arm(error: type[BaseException]) -> None:
+        armed = [True]
+
+        def set_and_raise(strategy: Strategy, optimizers: Any) -> None:
+            plain.fset(strategy, optimizers)  # type: ignore[attr-defined]
+            if armed[0] and type(optimizers[0]) is SGD:
+                armed[0] = False
+                raise error("planted")
+
+        monkeypatch.setattr(Strategy, "optimizers", plain.setter(set_and_raise))  # type: ignore[attr-defined]
+
+    yield arm
+    monkeypatch.undo()
+
+
+SEAMS = [
+    "ask",
+    "before build",
+    "after build",
+    "before install",
+    "between optimizer and scheduler",
+    "after install",
+    "in exchange",
+    "after exchange",
+    "before announce",
+    "after announce",
+]
+
+
+@pytest.mark.parametrize("error", [Fault, KeyboardInterrupt])
+@pytest.mark.parametrize("seam", SEAMS)
+def test_an_exception_at_a_seam_leaves_a_checkpoint_that_resumes(
+    seam: str,
+    error: type[BaseException],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    optimizers_setter: Callable[[type[BaseException]], None],
+) -> None:
+    sound = Case(partial(to_sgd, scheduler=Cosine()), at=2, scheduled=True)
+    reference, _ = run(sound, tmp_path / "reference")
+
+    def faulty() -> Callback:
+        callback = Faulty(at="2ep", optimizer=TO_SGD, scheduler=Cosine())
+        callback.seam, callback.error = seam, error
+        return callback
+
+    with monkeypatch.context() as patched:
+        installing = type("Installing", (Installing,), {"seam": seam, "error": error})
+        patched.setattr(strategies, "Installation", installing)
+        if seam == "between optimizer and scheduler":
+            optimizers_setter(error)
+        # Lightning turns Ctrl-C into an exit.
+        with pytest.raises(SystemExit if error is KeyboardInterrupt else Fault):
+            run(
+                Case(faulty, at=2, scheduled=True),
+                tmp_path / "broken",
+                extra=(SaveOnException(tmp_path / "saved.ckpt"),),
+            )
+    saved = torch.load(tmp_path / "saved.ckpt", weights_only=True)
+    [state] = [value for key, value in saved["callbacks"].items() if "OptimizerSwitchCallback" in key or "Faulty" in key]
+    [group] = saved["optimizer_states"][0]["param_groups"]
+    scheduler_step = saved["lr_schedulers"][0]["step"]
+    if state["phase"] == 0:
+        assert ("betas" in group, len(saved["optimizer_states"][0]["state"]), scheduler_step) == (True, 4, 16)
+    else:
+        assert ("betas" in group, len(saved["optimizer_states"][0]["state"]), scheduler_step) == (False, 0, 0)
+    saved["callbacks"] = {key.replace("Faulty", "OptimizerSwitchCallback"): value for key, value in saved["callbacks"].items()}
+    torch.save(saved, tmp_path / "resumable.ckpt")
+    weights, counts = run(sound, tmp_path, tmp_path / "resumable.ckpt", seed=3)
+    assert weights == reference
+    assert counts == {"SGD": 32}
+
+
+def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path) -> None:
+    changed = saved_state(tmp_path, version=2)
+    with pytest.raises(CheckpointError) as caught:
+        run(CASES["epoch"], tmp_path, changed)
+    assert str(caught.value) == "the checkpoint holds the switch's state in version 2, this package reads version 1."
+
+
+@pytest.mark.parametrize(
+    ("field_and_value", "message"),
+    [
+        ({"phase": 10**9}, "the checkpoint was written in phase 1000000000 (SGD), but this run's switch leads only to phase 1. "),
+        ({"phase": -1}, "the switch's state in the checkpoint is damaged: phase -1, first step 16."),
+        ({"first_step": "soon"}, "the switch's state in the checkpoint is damaged: ValueError("),
+        ({"partition": 7}, "the switch's state in the checkpoint is damaged: TypeError("),
+        (
+            {"partition": [{"name": None, "parameters": ["gone"], "lr_ratio": 1.0, "no_decay": False}]},
+            "the checkpoint's SGD holds 1 parameters that the model does not have: gone.",
+        ),
+    ],
+)
+def test_damaged_state_is_refused_before_it_is_used(field_and_value: dict[str, Any], message: str, tmp_path: Path) -> None:
+    changed = saved_state(tmp_path, **field_and_value)
+    with counted_steps() as counts, pytest.raises(CheckpointError) as caught:
+        run(CASES["epoch"], tmp_path, changed)
+    assert str(caught.value).startswith(message)
+    assert counts == {}
+
+
+def saved_state(folder: Path, **changes: Any) -> Path:
+    """A checkpoint of the second phase with changes in the switch's state."""
+    run(CASES["epoch"], folder)
+    saved = torch.load(folder / "epoch3.ckpt", weights_only=True)
+    [key] = [name for name in saved["callbacks"] if name.startswith("OptimizerSwitchCallback")]
+    saved["callbacks"][key].update(changes)
+    torch.save(saved, folder / "changed.ckpt")
+    return folder / "changed.ckpt"
+
+
+def test_every_field_of_the_state_survives(tmp_path: Path) -> None:
+    run(CASES["epoch"], tmp_path)
+    saved = torch.load(tmp_path / "epoch3.ckpt", weights_only=True)
+    [state] = [value for key, value in saved["callbacks"].items() if key.startswith("OptimizerSwitchCallback")]
+    assert state == {
+        "version": 1,
+        "phase": 1,
+        "first_step": 16,
+        "optimizer": "SGD",
+        "partition": [
+            {
+                "parameters": ["net.0.weight", "net.0.bias", "net.2.weight", "net.2.bias"],
+                "name": None,
+                "lr_ratio": 1.0,
+                "no_decay": False,
+            }
+        ],
+    }
+    callback = OptimizerSwitchCallback(at="2ep", optimizer=TO_SGD)
+    callback.load_state_dict(state)
+    assert callback.state_dict() == state
+
+
+def test_the_weights_of_a_switched_checkpoint_load_without_the_package(tmp_path: Path) -> None:
+    run(CASES["epoch"], tmp_path)
+    shutil.copy(tmp_path / "epoch5.ckpt", tmp_path / "weights.ckpt")
+    model = Net.load_from_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    assert digest(model) == run(CASES["epoch"], tmp_path / "again")[0]

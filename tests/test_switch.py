@@ -1,0 +1,534 @@
+"""The switch on one process: what it does, what it says, what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import pickle
+import weakref
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from torch import nn
+from torch.optim import LBFGS, SGD, Adam, AdamW, RMSprop
+from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_adaptive import ConfigError, Cosine, Handover, Inherit, OptimizerSwitchCallback, ParamGroups, attach
+from lightning_adaptive.report import read_curves
+from lightning_adaptive.strategies import check_supported
+from tests.support import Net, ValidatedNet, counted_steps, dataset, loader, trainer
+
+TO_SGD = partial(SGD, lr=0.1, momentum=0.9)
+
+
+class Watch(Callback):
+    """Records step, optimizer class and learning rate of every batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, str, float]] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        optimizer = trainer.optimizers[0]
+        self.seen.append((trainer.global_step, type(optimizer).__name__, float(optimizer.param_groups[0]["lr"])))
+
+    @property
+    def switched_at(self) -> list[tuple[int, str]]:
+        """The first step of each optimizer."""
+        firsts = [self.seen[0], *(after for before, after in zip(self.seen, self.seen[1:], strict=False) if after[1] != before[1])]
+        return [(step, name) for step, name, _ in firsts]
+
+
+def fit(switch: OptimizerSwitchCallback, model: LightningModule | None = None, **options: Any) -> Watch:
+    watch = Watch()
+    callbacks = [watch, *options.pop("callbacks", ()), switch]
+    data = options.pop("data") if "data" in options else loader()
+    trainer(**{"max_epochs": 4, **options}, callbacks=callbacks).fit(model or Net(), data)
+    return watch
+
+
+@pytest.mark.parametrize(
+    ("at", "options", "first_steps"),
+    [
+        ("2ep", {}, [(0, "Adam"), (16, "SGD")]),
+        ("2.5ep", {}, [(0, "Adam"), (20, "SGD")]),
+        ("11st", {}, [(0, "Adam"), (11, "SGD")]),
+        ("25%", {}, [(0, "Adam"), (8, "SGD")]),
+        ("50%", {"max_steps": 20, "max_epochs": -1}, [(0, "Adam"), (10, "SGD")]),
+        ("1ep", {"max_steps": 20, "max_epochs": -1}, [(0, "Adam"), (8, "SGD")]),
+        ("50%", {"max_steps": 20}, [(0, "Adam"), (10, "SGD")]),
+        ("1ep", {"accumulate_grad_batches": 2}, [(0, "Adam"), (4, "SGD")]),
+        ("5st", {"accumulate_grad_batches": 3}, [(0, "Adam"), (5, "SGD")]),
+        ("1ep", {"limit_train_batches": 5}, [(0, "Adam"), (5, "SGD")]),
+        ("2ep", {"gradient_clip_val": 0.1}, [(0, "Adam"), (16, "SGD")]),
+        ("2ep", {"precision": "bf16-mixed"}, [(0, "Adam"), (16, "SGD")]),
+    ],
+)
+def test_switches_at_the_step_that_was_asked_for(at: str, options: dict[str, Any], first_steps: list[tuple[int, str]]) -> None:
+    with counted_steps() as counts:
+        watch = fit(OptimizerSwitchCallback(at=at, optimizer=TO_SGD), **options)
+    assert watch.switched_at == first_steps
+    total = len({step for step, _, _ in watch.seen})
+    assert counts == {"Adam": first_steps[1][0], "SGD": total - first_steps[1][0]}
+
+
+def test_equals_a_hand_written_run_bit_for_bit() -> None:
+    ours = Net()
+    fit(OptimizerSwitchCallback(at="12st", optimizer=TO_SGD, scheduler=Cosine(warmup="3st")), ours)
+    by_hand = Net()
+    optimizer: torch.optim.Optimizer = Adam(by_hand.parameters(), lr=1e-2)
+    for step, (inputs, targets) in enumerate(batch for _ in range(4) for batch in loader()):
+        if step == 12:
+            optimizer = TO_SGD(by_hand.parameters())
+        if step >= 12:
+            t, warm = step - 12, 3
+            factor = (t + 1) / warm if t < warm else (1 + torch.cos(torch.tensor(torch.pi * (t - warm) / 17)).item()) / 2
+            optimizer.param_groups[0]["lr"] = 0.1 * factor
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(by_hand.net(inputs), targets).backward()
+        optimizer.step()
+    for one, other in zip(ours.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)  # the factor of the cosine is a float32 here
+
+
+def test_accumulated_gradients_are_never_dropped() -> None:
+    """Two batches accumulated equal one of twice the size, across the switch."""
+    small, large = Net(), Net()
+    fit(OptimizerSwitchCallback(at="1ep", optimizer=TO_SGD), small, accumulate_grad_batches=2)
+    fit(OptimizerSwitchCallback(at="1ep", optimizer=TO_SGD), large, data=loader(batch_size=16))
+    for one, other in zip(small.parameters(), large.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_validation_within_the_epoch_does_not_move_the_switch() -> None:
+    switch, watch = OptimizerSwitchCallback(at="12st", optimizer=TO_SGD), Watch()
+    trainer(max_epochs=3, val_check_interval=3, callbacks=[switch, watch]).fit(ValidatedNet(), loader(), loader())
+    assert watch.switched_at == [(0, "Adam"), (12, "SGD")]
+
+
+def test_the_line_says_what_happened_and_why(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        fit(OptimizerSwitchCallback(at="2ep", optimizer=TO_SGD, scheduler=Cosine(warmup="2st")))
+    [line] = [record.message for record in caplog.records if record.message.startswith("SWITCH")]
+    weights = sum(parameter.numel() for parameter in Net().parameters())
+    assert line == (
+        "SWITCH at step 16 (epoch 2): Adam lr 1.0e-02 -> SGD lr 5.0e-02 (own), because at=2ep was reached; "
+        f"cosine, warmup 2st, momentum zero, freed {(weights * 8 + 16) / 1e3:.1f} KB"
+    )
+
+
+def test_a_factory_without_learning_rate_uses_its_class_default_and_the_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        fit(OptimizerSwitchCallback(at="2ep", optimizer=RMSprop))
+    assert "RMSprop lr 1.0e-02 (own, the default of RMSprop)" in caplog.text
+
+
+class Freed(Callback):
+    """Weak references to the first optimizer, its scheduler and a tensor of its state, asked in the step of the switch."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.references: list[weakref.ref[Any]] = []
+        self.alive: list[bool] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step - 1:
+            optimizer = trainer.optimizers[0]
+            moment = next(iter(optimizer.state.values()))["exp_avg"]
+            self.references = [weakref.ref(found) for found in (optimizer, trainer.lr_scheduler_configs[0].scheduler, moment)]
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step + 1:
+            self.alive = [reference() is not None for reference in self.references]
+
+
+def test_the_old_optimizer_its_state_and_its_scheduler_are_freed_without_the_garbage_collector() -> None:
+    freed = Freed(step=16)
+    model = attach(Net(), optimizer=partial(Adam, lr=1e-2), scheduler=Cosine())
+    gc.disable()
+    try:
+        fit(OptimizerSwitchCallback(at="2ep", optimizer=TO_SGD), model, callbacks=[freed])
+    finally:
+        gc.enable()
+    assert freed.alive == [False, False, False]
+
+
+def test_what_somebody_else_holds_is_not_called_freed(caplog: pytest.LogCaptureFixture) -> None:
+    class Holder(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            self.held = trainer.optimizers[0]
+
+    with caplog.at_level(logging.INFO):
+        fit(OptimizerSwitchCallback(at="2ep", optimizer=TO_SGD), callbacks=[Holder()])
+    assert "still held elsewhere" in caplog.text
+    assert ", freed" not in caplog.text
+
+
+@pytest.mark.parametrize("monitor_first", [True, False])
+def test_one_curve_of_the_learning_rate_crosses_the_switch(tmp_path: Path, monitor_first: bool) -> None:
+    model = attach(Net(), optimizer=partial(Adam, lr=1e-2), scheduler=Cosine())
+    switch, monitor = OptimizerSwitchCallback(at="2ep", optimizer=TO_SGD), LearningRateMonitor("step")
+    callbacks = [monitor, switch] if monitor_first else [switch, monitor]
+    logger = CSVLogger(tmp_path, name="", version="run")
+    trainer(max_epochs=4, callbacks=callbacks, logger=logger, log_every_n_steps=1).fit(model, loader())
+    curves = read_curves(tmp_path / "run" / "metrics.csv")
+    assert [name for name in curves if name.startswith("lr")] == ["lr"]
+    steps, lrs = curves["lr"]
+    assert steps == list(range(32))
+    assert lrs[15] < 1e-2
+    assert lrs[16:] == [0.1] * 16
+    assert curves["phase"] == ([0, 16], [0.0, 1.0])
+
+
+def test_a_users_own_first_phase_keeps_its_curve(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, name="", version="run")
+    callbacks = [OptimizerSwitchCallback(at="2ep", optimizer=TO_SGD), LearningRateMonitor("step")]
+    trainer(max_epochs=4, callbacks=callbacks, logger=logger, log_every_n_steps=1).fit(Net(), loader())
+    curves = read_curves(tmp_path / "run" / "metrics.csv")
+    assert curves["lr-Adam"] == (list(range(16)), [0.01] * 16)
+    assert curves["lr"] == (list(range(16, 32)), [0.1] * 16)
+
+
+def test_a_chain_of_switches(caplog: pytest.LogCaptureFixture) -> None:
+    last = OptimizerSwitchCallback(at="75%", optimizer=partial(AdamW, lr=1e-3))
+    switch = OptimizerSwitchCallback(at="1ep", optimizer=TO_SGD, then=last)
+    with caplog.at_level(logging.INFO):
+        watch = fit(switch)
+    assert watch.switched_at == [(0, "Adam"), (8, "SGD"), (24, "AdamW")]
+    assert caplog.text.count("SWITCH at") == 2
+    assert repr(switch) == "OptimizerSwitchCallback(at='1ep', then=OptimizerSwitchCallback(at='75%'))"
+
+
+def test_lbfgs_as_target() -> None:
+    with counted_steps() as counts:
+        fit(OptimizerSwitchCallback(at="2ep", optimizer=partial(LBFGS, max_iter=3)), data=loader(batch_size=32))
+    assert counts == {"Adam": 4, "LBFGS": 4}
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [partial(StepLR, step_size=1, gamma=0.5), {"scheduler": partial(StepLR, step_size=8, gamma=0.5), "interval": "step"}],
+)
+def test_schedulers_of_torch(scheduler: Any) -> None:
+    watch = fit(OptimizerSwitchCallback(at="2ep", optimizer=partial(SGD, lr=0.1), scheduler=scheduler))
+    assert [lr for _, _, lr in watch.seen[16:]] == [0.1] * 8 + [0.05] * 8
+
+
+def test_gradient_clipping_of_the_next_phase_and_back() -> None:
+    class ClipValue(Callback):
+        def __init__(self) -> None:
+            self.seen: list[float | None] = []
+
+        def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+            self.seen.append(trainer.gradient_clip_val)
+
+    seen = ClipValue()
+    last = OptimizerSwitchCallback(at="3ep", optimizer=TO_SGD, gradient_clip_val="keep")
+    switch = OptimizerSwitchCallback(at="2ep", optimizer=TO_SGD, gradient_clip_val=0.25, then=last)
+    runner = trainer(max_epochs=4, gradient_clip_val=1.0, callbacks=[switch, seen])
+    runner.fit(Net(), loader())
+    assert seen.seen == [1.0] * 16 + [0.25] * 16
+    assert runner.gradient_clip_val == 1.0
+
+
+def test_gradient_clipping_can_end_with_the_phase() -> None:
+    clipped, free = Net(), Net()
+    fit(OptimizerSwitchCallback(at="2ep", optimizer=TO_SGD), clipped, gradient_clip_val=1e-3)
+    fit(OptimizerSwitchCallback(at="2ep", optimizer=TO_SGD, gradient_clip_val=None), free, gradient_clip_val=1e-3)
+    assert not torch.equal(clipped.net[0].weight, free.net[0].weight)
+
+
+def test_every_step_can_be_saved(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    fit(OptimizerSwitchCallback(at="2ep", optimizer=TO_SGD), callbacks=[saver], enable_checkpointing=True)
+    files = sorted(tmp_path.glob("*.ckpt"), key=lambda path: int(path.stem.partition("=")[2]))
+    assert len(files) == 32
+    classes = []
+    for file in files:
+        saved = torch.load(file, weights_only=True)
+        [state] = [value for key, value in saved["callbacks"].items() if key.startswith("OptimizerSwitchCallback")]
+        assert state["version"] == 1
+        assert len(saved["optimizer_states"][0]["state"]) == 4
+        classes.append((state["optimizer"], "betas" in saved["optimizer_states"][0]["param_groups"][0]))
+    # The checkpoint at the moment of the switch holds the old phase whole: the switch comes with the next batch.
+    assert classes == [("Adam", True)] * 16 + [("SGD", False)] * 16
+
+
+class Groups(Net):
+    """Adam over named groups with their own learning rates and decays, a frozen layer, and a tied weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(16, 16)
+        self.frozen.requires_grad_(False)
+        self.head = nn.Linear(4, 4)
+        self.tied = self.head.weight
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        hidden = self.net(self.frozen(batch[0]))
+        return nn.functional.cross_entropy(self.head(hidden) + hidden @ self.tied, batch[1])
+
+    def configure_optimizers(self) -> Any:
+        decayed = [self.net[0].weight, self.net[2].weight]
+        plain = [self.net[0].bias, self.net[2].bias]
+        return AdamW(
+            [
+                {"params": decayed, "name": "decayed"},
+                {"params": plain, "name": "plain", "weight_decay": 0.0},
+                {"params": list(self.head.parameters()), "name": "head", "lr": 5e-3},
+            ],
+            lr=1e-3,
+            weight_decay=0.1,
+        )
+
+
+def test_groups_cross_the_switch_with_their_members_ratios_and_zero_decays() -> None:
+    model, runner = Groups(), None
+    frozen = copy.deepcopy(model.frozen.weight)
+    switch = OptimizerSwitchCallback(at="2ep", optimizer=partial(SGD, lr=0.02, weight_decay=5e-4), scheduler=Cosine())
+    runner = trainer(max_epochs=4, callbacks=[switch])
+    runner.fit(model, loader())
+    groups = runner.optimizers[0].param_groups
+    assert [(group["name"], group["initial_lr"], group["weight_decay"]) for group in groups] == [
+        ("decayed", 0.02, 5e-4),
+        ("plain", 0.02, 0.0),
+        ("head", 0.1, 5e-4),
+    ]
+    expected = [
+        [model.net[0].weight, model.net[2].weight],
+        [model.net[0].bias, model.net[2].bias],
+        [model.head.weight, model.head.bias],
+    ]
+    assert [[id(tensor) for tensor in group["params"]] for group in groups] == [[id(t) for t in group] for group in expected]
+    assert torch.equal(model.frozen.weight, frozen)
+
+
+def test_a_head_only_optimizer_never_trains_the_backbone() -> None:
+    class HeadOnly(Net):
+        def configure_optimizers(self) -> Any:
+            return Adam(self.net[2].parameters(), lr=1e-2)  # the backbone still requires gradients
+
+    model = HeadOnly()
+    backbone, head = model.net[0].weight.clone(), model.net[2].weight.clone()
+    fit(OptimizerSwitchCallback(at="2ep", optimizer=TO_SGD), model)
+    assert torch.equal(model.net[0].weight, backbone)
+    assert not torch.equal(model.net[2].weight, head)
+    assert model.net[0].weight.grad is None or not model.net[0].weight.grad.isnan().any()
+
+
+def test_param_groups_object_makes_one_group_of_all_trainable_parameters() -> None:
+    model = Groups()
+    runner = trainer(max_epochs=3, callbacks=[OptimizerSwitchCallback(at="1ep", optimizer=TO_SGD, param_groups=ParamGroups())])
+    runner.fit(model, loader())
+    [group] = runner.optimizers[0].param_groups
+    assert len(group["params"]) == 6
+
+
+def test_parameters_added_to_the_running_optimizer_are_switched_too() -> None:
+    class Unfreeze(Callback):
+        def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            if trainer.current_epoch == 1:
+                trainer.optimizers[0].add_param_group({"params": list(pl_module.net[0].parameters()), "lr": 1e-3})
+
+    class HeadOnly(Net):
+        def configure_optimizers(self) -> Any:
+            return Adam(self.net[2].parameters(), lr=1e-2)
+
+    runner = trainer(max_epochs=4, callbacks=[OptimizerSwitchCallback(at="2ep", optimizer=TO_SGD), Unfreeze()])
+    runner.fit(HeadOnly(), loader())
+    groups = runner.optimizers[0].param_groups
+    assert [(len(group["params"]), group["lr"]) for group in groups] == [(2, 0.1), (2, pytest.approx(0.01))]
+
+
+def test_a_second_fit_goes_on_in_the_phase_that_was_reached() -> None:
+    switch, model = OptimizerSwitchCallback(at="2ep", optimizer=TO_SGD), Net()
+    runner = trainer(max_epochs=3, callbacks=[switch])
+    runner.fit(model, loader())
+    runner.fit_loop.max_epochs = 4
+    with counted_steps() as counts:
+        runner.fit(model, loader())
+    assert counts == {"SGD": 8}
+    with counted_steps() as counts:
+        trainer(max_epochs=3, callbacks=[switch]).fit(Net(), loader())
+    assert counts == {"Adam": 16, "SGD": 8}
+
+
+def test_disabled_does_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    switch = OptimizerSwitchCallback(enabled=False)
+    with counted_steps() as counts, caplog.at_level(logging.INFO):
+        fit(switch)
+    assert counts == {"Adam": 32}
+    assert "SWITCH" not in caplog.text
+    assert repr(switch) == "OptimizerSwitchCallback(enabled=False)"
+    then_disabled = OptimizerSwitchCallback(at="1ep", optimizer=TO_SGD, then=switch)
+    assert then_disabled.then is None
+
+
+def test_the_callback_pickles_and_copies() -> None:
+    switch = OptimizerSwitchCallback(at="2ep", optimizer=TO_SGD, scheduler=Cosine(warmup="5%"))
+    for copied in (copy.deepcopy(switch), pickle.loads(pickle.dumps(switch))):
+        with counted_steps() as counts:
+            fit(copied)
+        assert counts == {"Adam": 16, "SGD": 16}
+
+
+class Endless(IterableDataset):
+    """Batches without end or length."""
+
+    def __iter__(self) -> Any:
+        while True:
+            yield from dataset(8)
+
+
+def endless() -> DataLoader:
+    return DataLoader(Endless(), batch_size=8)
+
+
+def test_a_loader_without_length_counts_in_steps() -> None:
+    watch = fit(OptimizerSwitchCallback(at="5st", optimizer=TO_SGD), data=endless(), max_steps=9, max_epochs=-1)
+    assert watch.switched_at == [(0, "Adam"), (5, "SGD")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"at": 30}, TypeError, "at: 30 has no unit. Write 30ep (epochs), 30st (optimizer steps) or 30% (of training)."),
+        ({"at": "5"}, ValueError, "at: '5' has no unit. Write 5ep (epochs), 5st (optimizer steps) or 5% (of training)."),
+        (
+            {"at": None},
+            ValueError,
+            "at: a switch needs its moment: 5ep (epochs), 5st (optimizer steps) or 5% (of training).",
+        ),
+        (
+            {"optimizer": None},
+            ValueError,
+            "optimizer: a switch needs the factory of its next optimizer, for example partial(SGD, lr=0.1).",
+        ),
+        (
+            {"optimizer": SGD([torch.zeros(1)])},
+            TypeError,
+            "optimizer: a SGD that is already built holds its own parameters. Pass a factory: partial(SGD, ...) from functools.",
+        ),
+        ({"when": "plateau"}, ValueError, "when: 'plateau' is not available yet."),
+        ({"optimizer_index": 1}, ValueError, "optimizer_index: 1 is not available yet."),
+        ({"on_resume": "config"}, ValueError, "on_resume: 'config' is not available yet."),
+        ({"dry_run": True}, ValueError, "dry_run: True is not available yet."),
+        ({"scheduler": "continue"}, ValueError, "scheduler: 'continue' is not available yet."),
+        (
+            {"handover": "smooth"},
+            ValueError,
+            "handover: 'smooth' does not exist or is not available yet. Write 'own' or a Handover.",
+        ),
+        ({"param_groups": 3}, TypeError, "param_groups: 3 says nothing about groups. Write 'inherit' or ParamGroups()."),
+        (
+            {"gradient_clip_val": "no"},
+            TypeError,
+            "gradient_clip_val: 'no' is no clipping value. Write a number, null (no clipping) or 'keep'.",
+        ),
+        ({"gradient_clip_val": -1.0}, ValueError, "gradient_clip_val: -1.0 is below zero."),
+    ],
+)
+def test_the_constructor_refuses(arguments: dict[str, Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind) as caught:
+        OptimizerSwitchCallback(**{"at": "2ep", "optimizer": TO_SGD, **arguments})
+    assert str(caught.value) == message
+    assert isinstance(caught.value, ConfigError)
+
+
+def test_handover_refuses_a_rule_that_does_not_exist() -> None:
+    with pytest.raises(ConfigError, match=r"^momentum: the rule 'carry' does not exist or is not available yet\. Rules: zero\.$"):
+        Handover(momentum="carry")
+    assert Handover.of("own") == Handover()
+
+
+def fails_when_it_is_built(params: Any) -> SGD:
+    raise RuntimeError("no such device")
+
+
+@pytest.mark.parametrize(
+    ("switch", "options", "message"),
+    [
+        (
+            {"at": "900ep"},
+            {},
+            "switch.at: 900ep is step 7200, but training ends after 32 steps. Choose an earlier moment.",
+        ),
+        ({"at": "32st"}, {}, "switch.at: 32st is step 32, but training ends after 32 steps. Choose an earlier moment."),
+        (
+            {"at": "0st"},
+            {},
+            "switch.at: 0st is step 0; the first phase would not make a step. Begin with this optimizer.",
+        ),
+        (
+            {"at": "2ep", "then": OptimizerSwitchCallback(at="50%", optimizer=TO_SGD)},
+            {},
+            "switch.then.at: 50% is step 16, but the switch before it is at step 16. Moments must grow.",
+        ),
+        (
+            {"scheduler": Cosine(warmup="30ep")},
+            {},
+            "switch.scheduler.warmup: 30ep is 240 steps, but the schedule spans only 16.",
+        ),
+        (
+            {"at": "50%"},
+            {"max_time": "00:00:10:00", "max_epochs": -1},
+            "switch.at: 50% cannot be counted: the number of training steps is not known. "
+            "Set trainer.max_steps, or write it in steps (st).",
+        ),
+    ],
+)
+def test_a_phase_that_cannot_work_ends_the_run_before_its_first_step(
+    switch: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    with counted_steps() as counts, pytest.raises(ConfigError) as caught:
+        fit(OptimizerSwitchCallback(**{"at": "2ep", "optimizer": TO_SGD, **switch}), **options)
+    assert str(caught.value) == message
+    assert counts == {}
+
+
+def test_an_error_of_the_factory_comes_before_the_first_step() -> None:
+    with counted_steps() as counts, pytest.raises(RuntimeError, match="no such device"):
+        fit(OptimizerSwitchCallback(at="2ep", optimizer=fails_when_it_is_built))
+    assert counts == {}
+
+
+def test_durations_in_epochs_need_a_length() -> None:
+    with pytest.raises(ConfigError, match=r"^switch\.at: 2ep cannot be counted: the training loader has no length\."):
+        fit(OptimizerSwitchCallback(at="2ep", optimizer=TO_SGD), data=endless(), max_steps=9, max_epochs=-1)
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy])
+def test_a_strategy_without_support_is_named(strategy: type[Strategy]) -> None:
+    unfinished = SimpleNamespace(strategy=object.__new__(strategy))
+    with pytest.raises(ConfigError) as caught:
+        check_supported(unfinished)  # type: ignore[arg-type]
+    assert str(caught.value) == (
+        f"trainer.strategy: a switch is not available on {strategy.__name__} yet. "
+        "Available: SingleDeviceStrategy, DDPStrategy and their subclasses."
+    )
+
+
+def test_manual_optimization_is_not_available_yet() -> None:
+    class Manual(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+    with pytest.raises(ConfigError, match=r"^optimizer_index: Manual has 1 optimizers and manual optimization\."):
+        fit(OptimizerSwitchCallback(at="2ep", optimizer=TO_SGD), Manual())
+
+
+def test_an_empty_slot_of_a_config_means_its_default() -> None:
+    switch = OptimizerSwitchCallback(at="2ep", optimizer=TO_SGD, scheduler={}, param_groups={}, handover={})
+    assert switch.scheduler is None
+    assert isinstance(switch.param_groups, Inherit)
+    assert switch.handover == Handover()
