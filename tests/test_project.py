@@ -1,0 +1,148 @@
+"""The project itself: the direction of its imports, its public names, its messages, its files."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lightning_adaptive
+from tests.support import ROOT
+
+PACKAGE = ROOT / "lightning_adaptive"
+
+# What each file may import of the package; top to bottom. Any other arrow is a fault of design.
+ARROWS: dict[str, set[str]] = {
+    "errors": set(),
+    "durations": {"errors"},
+    "schedules": {"durations", "errors"},
+    "param_groups": {"errors"},
+    "handover": {"errors"},
+    "phases": {"param_groups", "durations", "errors", "schedules"},
+    "strategies": {"durations", "errors"},
+    "switch": {"phases", "strategies", "durations", "errors", "handover", "param_groups", "schedules"},
+    "plan": {"strategies", "phases", "switch"},
+    "report": {"phases", "switch"},
+    "config": {"errors", "handover", "param_groups", "phases", "schedules", "switch"},
+    "hooks": {"config", "phases", "strategies", "errors", "param_groups", "schedules"},
+    "tasks.digits": set(),
+    "app.interrupt": set(),
+    "app.messages": {"errors"},
+    "app.job": {"app.interrupt", "errors"},
+    "app.stop": {"app.interrupt", "strategies"},
+    "app.progress": {"phases", "switch"},
+    "app.show": {"plan", "report"},
+    "app.train": {
+        "app.job", "app.interrupt", "app.progress", "app.show", "app.stop", "errors", "config", "strategies", "hooks", "report",
+    },
+    "app.cli": {"errors", "app.messages"},
+    "__main__": {"app.cli"},
+}  # fmt: skip
+
+# Which third-party packages a file may import; files that are not named may import any.
+FOREIGN: dict[str, set[str]] = {
+    "errors": set(),
+    "durations": set(),
+    "schedules": set(),
+    "param_groups": set(),
+    "handover": set(),
+    "phases": {"torch"},
+    "strategies": {"torch", "lightning"},
+    "switch": {"torch", "lightning"},
+    "plan": {"torch", "lightning"},
+    "report": {"torch", "lightning", "matplotlib"},
+    "hooks": {"torch", "lightning"},
+}
+
+
+def modules() -> Iterator[tuple[str, ast.Module]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.name != "__init__.py":
+            yield ".".join(path.relative_to(PACKAGE).with_suffix("").parts), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported(tree: ast.Module) -> Iterator[str]:
+    """Every module that is imported anywhere in a file, as far as the name of a module goes."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                is_module = (ROOT / Path(*whole.split("."))).with_suffix(".py").is_file()
+                yield whole if is_module else str(node.module)
+
+
+@pytest.mark.parametrize(("name", "tree"), list(modules()), ids=[name for name, _ in modules()])
+def test_imports_run_downwards_only(name: str, tree: ast.Module) -> None:
+    ours = {module.removeprefix("lightning_adaptive.") for module in imported(tree) if module.startswith("lightning_adaptive.")}
+    assert ours == ARROWS[name], "the table of arrows and the file disagree"
+    if name in FOREIGN:
+        others = {module.partition(".")[0] for module in imported(tree)} - set(sys.stdlib_module_names) - {"lightning_adaptive"}
+        assert others <= FOREIGN[name]
+
+
+def test_the_arrows_have_no_circle() -> None:
+    order = list(ARROWS)
+    for name, targets in ARROWS.items():
+        for target in targets:
+            assert name.startswith("app.") or order.index(target) < order.index(name), f"{name} -> {target}"
+
+
+def test_every_exported_name_exists_where_it_is_said_to_be() -> None:
+    for name in lightning_adaptive.__all__:
+        home = lightning_adaptive._HOMES[name]
+        assert getattr(lightning_adaptive, name).__module__ == f"lightning_adaptive.{home}"
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    typed = {alias.asname for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names if alias.asname}
+    assert typed == set(lightning_adaptive.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'switch_now'"):
+        _ = lightning_adaptive.switch_now  # type: ignore[attr-defined]
+
+
+def test_importing_the_package_or_the_callback_does_not_import_hydra() -> None:
+    lines = [
+        "import sys, lightning_adaptive",
+        "assert not {'torch', 'lightning', 'hydra', 'omegaconf'} & set(sys.modules)",
+        "from lightning_adaptive import OptimizerSwitchCallback, Cosine",
+        "assert 'hydra' not in sys.modules",
+    ]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, check=True, timeout=60)
+
+
+def test_public_names_are_documented() -> None:
+    for name in lightning_adaptive.__all__:
+        assert (getattr(lightning_adaptive, name).__doc__ or "").strip(), name
+
+
+def test_messages_of_several_lines_have_no_glued_words() -> None:
+    """Neighbouring pieces of a message must be parted by a blank."""
+    for path in PACKAGE.rglob("*.py"):
+        pieces = re.findall(r'(\S)"\s*\n\s*f?"(\S)', path.read_text(encoding="utf-8"))
+        glued = [pair for pair in pieces if pair[0] not in "([{," and (pair[0].isalnum() or pair[0] in ".;:") and pair[1].isalnum()]
+        assert not glued, f"{path.name}: {glued}"
+
+
+def tracked_files() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_no_file_names_a_place_of_one_machine() -> None:
+    pattern = re.compile(r"/(?:home|root|Users|work|mnt|opt)/[\w.]+")
+    for path in tracked_files():
+        if path.suffix in {".png"} or path.name == "test_project.py":
+            continue
+        assert not pattern.search(path.read_text(encoding="utf-8")), path
+
+
+def test_the_pinned_packages_hold_no_torchvision() -> None:
+    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert "torch==2.13.0" in pinned
+    assert not re.search(r"^(torchvision|timm)\b", pinned, re.MULTILINE)
