@@ -81,7 +81,7 @@ def plan(trainer: Trainer) -> Plan:
         PlannedPhase(
             switch.first_step if switch else 0,
             f"resumed at step {trainer.global_step}" if trainer.global_step else "configure_optimizers",
-            Phase(trainer.optimizers[0], {"scheduler": scheduler}),
+            Phase(strategies.running_optimizer(trainer), {"scheduler": scheduler}),
         ),
         *(switch.planned(trainer) if switch else ()),
     ]

@@ -19,6 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_adaptive.phases import describe_schedule, format_lrs, lrs, state_bytes
+from lightning_adaptive.strategies import running_optimizer
 from lightning_adaptive.switch import find_switch, format_bytes
 
 _COLUMNS = ("phase", "optimizer", "schedule", "steps", "lr first", "lr last", "train loss", "{metric}", "seconds", "state")
@@ -84,7 +85,7 @@ class RunReport(Callback):
             self._begin(trainer)
         if batch_idx == 0:
             self._loss, self._batches = None, 0
-        self._lrs = [group["lr"] for group in trainer.optimizers[0].param_groups]
+        self._lrs = [group["lr"] for group in running_optimizer(trainer).param_groups]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
@@ -95,7 +96,7 @@ class RunReport(Callback):
         first = self._open.end_step == 0
         self._open = replace(self._open, end_step=trainer.global_step)
         if first and trainer.global_step > self._open.first_step:
-            self._open = replace(self._open, lr_first=_floats(self._lrs), state_bytes=state_bytes(trainer.optimizers[0]))
+            self._open = replace(self._open, lr_first=_floats(self._lrs), state_bytes=state_bytes(running_optimizer(trainer)))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         value = trainer.callback_metrics.get(self.monitor) if self.monitor else None
@@ -118,7 +119,7 @@ class RunReport(Callback):
         if self._closed and self._closed[-1].number == number:
             self._open = self._closed.pop()  # resumed within the phase
             return
-        optimizer = trainer.optimizers[0]
+        optimizer = running_optimizer(trainer)
         config = trainer.lr_scheduler_configs[0] if trainer.lr_scheduler_configs else None
         self._open = PhaseReport(
             number=number,

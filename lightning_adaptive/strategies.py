@@ -5,40 +5,49 @@ One of the two files that know Lightning's inside (the private names are listed 
 
 from __future__ import annotations
 
+import inspect
 import math
 import signal
 import threading
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
 
+import torch
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.types import LRSchedulerConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_adaptive.durations import Clock
-from lightning_adaptive.errors import ConfigError
-
-SUPPORTED = ("SingleDeviceStrategy", "DDPStrategy")
+from lightning_adaptive.errors import CheckpointError, ConfigError
 
 
-def check_supported(trainer: Trainer) -> None:
-    """Refuses a strategy on which a switch is not implemented.
+def placement(trainer: Trainer) -> Plain:
+    """What puts an optimizer onto the trainer's strategy.
 
     Raises:
-        ConfigError: naming the strategy and the supported ones.
+        ConfigError: for a strategy that none of the classes here serves.
     """
-    strategy = trainer.strategy
-    # DeepSpeed's strategy is a subclass of DDP's, but owns the optimizer itself.
-    if isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy):
-        return
+    strategy = type(trainer.strategy)
+    for base in strategy.__mro__:
+        if base in PLACEMENTS:
+            return PLACEMENTS[base](trainer)
     raise ConfigError(
-        f"a switch is not available on {type(strategy).__name__} yet. Available: {', '.join(SUPPORTED)} and their subclasses.",
+        f"a switch is not available on {strategy.__name__}. Available: {', '.join(base.__name__ for base in PLACEMENTS)}, and what "
+        "is derived from them. Another one needs a class of its own in lightning_adaptive/strategies.py, a subclass of Plain.",
         "trainer.strategy",
     )
 
@@ -85,61 +94,305 @@ def parameters(module: LightningModule) -> dict[str, Tensor]:
     return {_plain(name): parameter for name, parameter in module.named_parameters()}
 
 
-def running_optimizer(trainer: Trainer) -> Optimizer:
-    """The one optimizer of an automatic optimization.
+def full_shapes(trainer: Trainer) -> dict[str, tuple[int, ...]]:
+    """Shape of each whole parameter by name, whatever the strategy keeps of it on this process.
 
-    Raises:
-        ConfigError: when there is none, or more than one, or optimization is manual.
+    FSDP flattens and shards, ZeRO-3 leaves an empty tensor; a DTensor's shape is that of the whole.
     """
-    optimizers = trainer.optimizers
-    module = trainer.lightning_module
-    if not module.automatic_optimization or len(optimizers) > 1:
-        raise ConfigError(
-            f"{type(module).__name__} has {len(optimizers)} optimizers and "
-            f"{'automatic' if module.automatic_optimization else 'manual'} optimization. "
-            "A switch is available for one optimizer under automatic optimization only, so far.",
-            "optimizer_index",
-        )
-    if not optimizers or not isinstance(optimizers[0], Optimizer):
-        raise ConfigError(f"{type(module).__name__}.configure_optimizers returned no optimizer.", "optimizer")
-    return optimizers[0]
+    shapes = {
+        name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in parameters(trainer.lightning_module).items()
+    }
+    for prefix, module in trainer.lightning_module.named_modules():
+        shapes.update(_flattened_shapes(module, prefix))
+    model = trainer.strategy.model
+    if model is not None and model is not trainer.lightning_module:
+        shapes.update(_flattened_shapes(model, ""))
+    return shapes
 
 
-def stepping_optimizer(trainer: Trainer) -> Optimizer:
-    """The optimizer that Lightning's loop calls ``step`` on, seen where the loop looks it up."""
-    return trainer.strategy._lightning_optimizers[0].optimizer
+def _flattened_shapes(module: nn.Module, prefix: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what a unit of FSDP has flattened."""
+    handle = getattr(module, "_handle", None)
+    if handle is None or not hasattr(handle, "flat_param"):
+        return {}
+    flat = handle.flat_param
+    names = (_plain(f"{prefix}.{name}" if prefix else name) for name in flat._fqns)
+    return {name: tuple(shape) for name, shape in zip(names, flat._shapes, strict=True)}
 
 
-class Installation:
-    """Optimizer and scheduler of a trainer, exchanged together, with a way back until the old ones are let go.
+class Plain:
+    """Puts optimizers onto strategies where Lightning's loop steps a plain one: one process, and DDP in each launcher.
 
     Args:
         trainer: a trainer that is fitting.
-        optimizer: the next optimizer, complete.
-        lr_scheduler: Lightning's dictionary around its scheduler.
     """
 
-    def __init__(self, trainer: Trainer, optimizer: Optimizer, lr_scheduler: Mapping[str, Any]) -> None:
-        self._strategy = trainer.strategy
-        self._new = [optimizer], [LRSchedulerConfig(**lr_scheduler)]
-        self._old = self._strategy.optimizers, self._strategy.lr_scheduler_configs
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.strategy: Any = trainer.strategy
+        self._old: tuple[list[Any], list[LRSchedulerConfig]] | None = None
 
-    def install(self) -> None:
-        """Puts the new optimizer and scheduler in place."""
-        optimizers, _ = self._new
-        _optimizers_to_device(optimizers, self._strategy.root_device)
+    @property
+    def optimizer(self) -> Optimizer:
+        """The running optimizer of the ecosystem, whose groups hold the options.
+
+        Raises:
+            ConfigError: when there is none, or more than one, or optimization is manual.
+        """
+        optimizers, module = self.strategy.optimizers, self.trainer.lightning_module
+        if not module.automatic_optimization or len(optimizers) > 1:
+            raise ConfigError(
+                f"{type(module).__name__} has {len(optimizers)} optimizers and "
+                f"{'automatic' if module.automatic_optimization else 'manual'} optimization. "
+                "A switch is available for one optimizer under automatic optimization only, so far.",
+                "optimizer_index",
+            )
+        optimizer = _unwrapped(optimizers[0]) if optimizers else None
+        if not isinstance(optimizer, Optimizer):
+            raise ConfigError(f"{type(module).__name__}.configure_optimizers returned no optimizer.", "optimizer")
+        return optimizer
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The running groups: their options, with the module's own parameters as ``params``."""
+        return self.optimizer.param_groups
+
+    @property
+    def stepping(self) -> Optimizer:
+        """The optimizer whose step Lightning's loop calls, seen where the loop looks it up."""
+        return _unwrapped(self.strategy._lightning_optimizers[0].optimizer)
+
+    def check(self) -> None:
+        """Refuses a strategy whose settings do not allow a switch.
+
+        Raises:
+            ConfigError: naming the setting.
+        """
+
+    def check_next(self, optimizer: Optimizer, gradient_clip_val: float | Literal["keep"] | None) -> None:
+        """Refuses what would fail only at its first step.
+
+        Args:
+            optimizer: a later phase's, built for a trial.
+            gradient_clip_val: what that phase asks for.
+
+        Raises:
+            ConfigError: naming both settings that do not go together.
+        """
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is None:
+            return
+        name, clip = type(optimizer).__name__, gradient_clip_val
+        if needs_closure(optimizer):
+            raise ConfigError(
+                f"{name} and trainer.precision={self.trainer.precision} do not go together. Train in bf16-mixed or 32-true.",
+                "optimizer",
+            )
+        clips = bool(self.trainer.gradient_clip_val if clip == "keep" else clip)
+        if clips and getattr(optimizer, "_step_supports_amp_scaling", False):
+            raise ConfigError(
+                f"a fused {name} unscales by itself, so gradients cannot be clipped before under "
+                f"trainer.precision={self.trainer.precision}. Set fused to false, or gradient_clip_val to null.",
+                "optimizer.fused",
+            )
+
+    def install(self, optimizer: Optimizer, lr_scheduler: Mapping[str, Any]) -> None:
+        """Puts optimizer and scheduler in place of the running ones, which it keeps for `undo`.
+
+        Args:
+            optimizer: the next optimizer, complete.
+            lr_scheduler: Lightning's dictionary around its scheduler.
+        """
+        self._old = self.strategy.optimizers, self.strategy.lr_scheduler_configs
+        _optimizers_to_device([optimizer], self.strategy.root_device)
         for old in self._old[0]:
             # Parameters outside the new groups must not keep a gradient that nobody clears.
             old.zero_grad(set_to_none=True)
-        self._put(self._new)
+        self._put([optimizer], [LRSchedulerConfig(**lr_scheduler)])
 
     def undo(self) -> None:
-        """Puts the old optimizer and scheduler back, whatever `install` had done."""
-        self._put(self._old)
+        """Puts the old optimizer and scheduler back, however far `install` had come."""
+        if self._old is not None:
+            self._put(*self._old)
 
-    def _put(self, pair: tuple[list[Optimizer], list[LRSchedulerConfig]]) -> None:
+    def _put(self, optimizers: list[Any], lr_scheduler_configs: list[LRSchedulerConfig]) -> None:
         # Only the setter also changes the wrappers that the loop steps; the scheduler would keep the old optimizer alive.
-        self._strategy.optimizers, self._strategy.lr_scheduler_configs = pair
+        self.strategy.optimizers = optimizers
+        self.strategy.lr_scheduler_configs = lr_scheduler_configs
+
+
+class Sharded(Plain):
+    """FSDP and FSDP2: a plain optimizer of parameters that are sharded."""
+
+    def check(self) -> None:
+        if isinstance(self.strategy, FSDPStrategy) and not self.strategy.kwargs.get("use_orig_params"):
+            raise ConfigError(
+                "a switch under FSDP needs the module's own parameters. Leave use_orig_params at its default, true.",
+                "trainer.strategy.use_orig_params",
+            )
+
+    def check_next(self, optimizer: Optimizer, gradient_clip_val: float | Literal["keep"] | None) -> None:
+        super().check_next(optimizer, gradient_clip_val)
+        _refuse_closure(optimizer, self.strategy)
+
+
+class DeepSpeed(Plain):
+    """ZeRO-1, 2 and 3: the engine wraps the optimizer, and must destroy the old wrapper before it makes the new one.
+
+    So there is no way back: between the two nothing can be saved, and an error there ends the run.
+    """
+
+    def check_next(self, optimizer: Optimizer, gradient_clip_val: float | Literal["keep"] | None) -> None:
+        _refuse_closure(optimizer, self.strategy)
+        if gradient_clip_val != "keep":
+            raise ConfigError(
+                f"{gradient_clip_val!r} cannot be set under DeepSpeed, whose config fixes clipping for the whole run. Write 'keep'.",
+                "gradient_clip_val",
+            )
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        # The optimizer's own groups hold flat partitions.
+        wrapper = self.strategy.model.optimizer
+        whole = next(
+            (getattr(wrapper, name) for name in ("bit16_groups", "fp16_groups", "bf16_groups") if hasattr(wrapper, name)), None
+        )
+        if whole is None:
+            return self.optimizer.param_groups
+        members: list[list[Tensor]] = [[] for _ in self.optimizer.param_groups]
+        group_of = getattr(wrapper, "sub_group_to_group_id", {})
+        for index, tensors in enumerate(whole):
+            members[group_of.get(index, index)] += tensors
+        return [{**group, "params": tensors} for group, tensors in zip(self.optimizer.param_groups, members, strict=True)]
+
+    def install(self, optimizer: Optimizer, lr_scheduler: Mapping[str, Any]) -> None:
+        engine, strategy = self.strategy.model, self.strategy
+        old = engine.optimizer
+        masters, scaler = _master_weights(old), getattr(old, "loss_scaler", None)
+        strategy.save_checkpoint = _refuse_to_save
+        if hasattr(old, "destroy"):
+            old.destroy()
+        # The engine keeps the first optimizer, and with it its state, until another takes this place.
+        engine.client_optimizer = optimizer
+        engine._configure_optimizer(optimizer, None)
+        _restore_masters(engine.optimizer, masters)
+        if scaler is not None and hasattr(engine.optimizer, "loss_scaler"):
+            engine.optimizer.loss_scaler = scaler
+        self._put([engine.optimizer], [LRSchedulerConfig(**lr_scheduler)])
+        del strategy.save_checkpoint
+
+    def undo(self) -> None:
+        """Nothing: the old optimizer is destroyed, and `install` lets nothing be saved until the new one stands."""
+
+
+PLACEMENTS: dict[type, type[Plain]] = {
+    SingleDeviceStrategy: Plain,
+    DDPStrategy: Plain,
+    FSDPStrategy: Sharded,
+    ModelParallelStrategy: Sharded,
+    DeepSpeedStrategy: DeepSpeed,
+}
+"""Strategies on which a switch is available, with their subclasses; the nearest base counts."""
+
+
+def running_optimizer(trainer: Trainer) -> Optimizer:
+    """The first optimizer of the ecosystem that trains, without what DeepSpeed wraps around it."""
+    return _unwrapped(trainer.optimizers[0])
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    return optimizer if isinstance(optimizer, Optimizer) else getattr(optimizer, "optimizer", optimizer)
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's step evaluates the loss itself, as L-BFGS does."""
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is closure.empty
+
+
+def _refuse_closure(optimizer: Optimizer, strategy: Any) -> None:
+    if needs_closure(optimizer):
+        raise ConfigError(
+            f"{type(optimizer).__name__} needs the whole parameters and a closure, which {type(strategy).__name__} does not give. "
+            "Use one process or DDP.",
+            "optimizer",
+        )
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    raise RuntimeError("DeepSpeed has destroyed the old optimizer and the new one does not stand yet: nothing can be saved.")
+
+
+def _master_weights(wrapper: Any) -> list[Tensor]:
+    """The fp32 weights that ZeRO keeps beside bf16 or fp16 ones; built anew, they would be rounded."""
+    partitions = getattr(wrapper, "single_partition_of_fp32_groups", None) or getattr(wrapper, "fp32_partitioned_groups_flat", None)
+    return [partition.detach().clone() for partition in partitions or ()]
+
+
+def _restore_masters(wrapper: Any, masters: list[Tensor]) -> None:
+    partitions = getattr(wrapper, "single_partition_of_fp32_groups", None) or getattr(wrapper, "fp32_partitioned_groups_flat", None)
+    for partition, master in zip(partitions or (), masters, strict=True):
+        partition.data.copy_(master)
+
+
+def before_restore(trainer: Trainer, function: Callable[[Mapping[str, Any]], None]) -> Callable[[], None]:
+    """Calls a function with a checkpoint's metadata before anything of it is loaded, on every strategy.
+
+    Late strategies load weights and optimizer state inside ``load_checkpoint``, before a callback knows which optimizer wrote
+    them; and it is the first place that sees the path that ``"last"`` or a requeued job stand for.
+
+    Args:
+        trainer: the trainer, from ``setup`` on.
+        function: called on every process with the checkpoint's dictionary without weights and optimizer state.
+
+    Returns:
+        What takes the function out again.
+    """
+    strategy: Any = trainer.strategy
+    wrapper = vars(strategy).get("load_checkpoint")
+    if not isinstance(wrapper, _LoadCheckpoint):
+        wrapper = strategy.load_checkpoint = _LoadCheckpoint(strategy)
+    wrapper.functions.append(function)
+
+    def remove() -> None:
+        if function in wrapper.functions:
+            wrapper.functions.remove(function)
+            if not wrapper.functions:
+                vars(strategy).pop("load_checkpoint", None)
+
+    return remove
+
+
+class _LoadCheckpoint:
+    """The one wrapper around a strategy's ``load_checkpoint``; the last user of it takes it away."""
+
+    def __init__(self, strategy: Any) -> None:
+        self._strategy = strategy
+        self.functions: list[Callable[[Mapping[str, Any]], None]] = []
+
+    def __call__(self, checkpoint_path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
+        path = Path(self._strategy.broadcast(checkpoint_path))
+        metadata = read_metadata(path)
+        for function in tuple(self.functions):
+            function(metadata)
+        return type(self._strategy).load_checkpoint(self._strategy, checkpoint_path, *arguments, **options)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """A checkpoint's dictionary without weights and optimizer state: of a file, or of a folder of FSDP, FSDP2 or DeepSpeed.
+
+    Raises:
+        CheckpointError: when nothing of these lies there.
+    """
+    if path.is_dir():
+        states = sorted((path / "checkpoint").glob("*model_states.pt"))
+        file = path / _METADATA_FILENAME if (path / _METADATA_FILENAME).is_file() else next(iter(states), None)
+    else:
+        file = path if path.is_file() else None
+    if file is None:
+        raise CheckpointError(f"{path} is no checkpoint: neither a file nor a folder of FSDP, FSDP2 or DeepSpeed.")
+    checkpoint = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    return {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states", "module")}
 
 
 def end_processes(trainer: Trainer) -> None:
@@ -158,5 +411,7 @@ def stop_watching_processes() -> None:
 
 
 def _plain(name: str) -> str:
-    """A parameter's name without what ``torch.compile`` puts into it."""
-    return name.replace("_orig_mod.", "")
+    """A parameter's name without what wrappers put into it."""
+    for wrapper in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
+        name = name.replace(wrapper, "")
+    return name

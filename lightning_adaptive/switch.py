@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -152,6 +153,7 @@ class OptimizerSwitchCallback(Callback):
         self._tensors: dict[str, Tensor] = {}
         self._moments: tuple[int, ...] = ()
         self._trainer_clip_val: float | None = None
+        self._stop_reading: Callable[[], None] | None = None
         if not enabled:
             return
         _refuse("when", when, None)
@@ -207,17 +209,19 @@ class OptimizerSwitchCallback(Callback):
         trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
         if trainer.global_step < self._state.first_step:
             self._state = SwitchState()  # another Trainer: what an earlier one reached does not hold here
+        if trainer.strategy.restore_checkpoint_after_setup:
+            self._stop_reading = strategies.before_restore(trainer, functools.partial(self._read, trainer))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.enabled:
             return
-        strategies.check_supported(trainer)
-        running = strategies.running_optimizer(trainer)
-        partition = record(running.param_groups, strategies.parameter_names(pl_module))
-        self._tensors = {**named_tensors(running.param_groups, partition), **strategies.parameters(pl_module)}
+        placement = strategies.placement(trainer)
+        placement.check()
+        partition = record(placement.groups, strategies.parameter_names(pl_module))
+        self._tensors = {**named_tensors(placement.groups, partition), **strategies.parameters(pl_module)}
         self._trainer_clip_val = trainer.gradient_clip_val
         if self._state.phase == 0:
-            self._state = replace(self._state, optimizer=type(running).__name__, partition=partition)
+            self._state = replace(self._state, optimizer=type(placement.optimizer).__name__, partition=partition)
         else:
             self._restore_phase(trainer)
 
@@ -251,13 +255,14 @@ class OptimizerSwitchCallback(Callback):
             ConfigError: for a moment outside the training or not after the one before it, and for a phase that cannot be built.
         """
         partition, previous = self._state.partition, self._state.first_step
-        clock = strategies.clock(trainer)
+        clock, placement = strategies.clock(trainer), strategies.placement(trainer)
         for index, switch in enumerate(self.chain[self.phase :], start=self.phase):
             try:
                 moment = switch._moment(clock, previous, is_first=index == 0)
                 partition = switch._partition(partition, trainer)
                 phase_clock = replace(clock, first_step=moment)
                 phase = phases.build(switch.optimizer, switch.scheduler, partition, self._tensors, phase_clock)
+                placement.check_next(phase.optimizer, switch.gradient_clip_val)
             except ConfigError as error:
                 raise error.within(".".join(("switch", *["then"] * index))) from None
             yield PlannedPhase(moment, f"at={switch.at}", phase)
@@ -289,7 +294,7 @@ class OptimizerSwitchCallback(Callback):
 
     def _switch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         switch = self.chain[self.phase]
-        running = strategies.running_optimizer(trainer)
+        running = strategies.placement(trainer).optimizer
         before, freed, old = phases.describe(running), phases.state_bytes(running), weakref.ref(running)
         del running  # or it could not be freed
         phase, state = self._build_next(trainer, pl_module)
@@ -307,24 +312,23 @@ class OptimizerSwitchCallback(Callback):
 
     def _build_next(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Phase, SwitchState]:
         switch, step = self.chain[self.phase], trainer.global_step
-        running = strategies.running_optimizer(trainer)
-        names = strategies.parameter_names(pl_module)
-        partition = switch._partition(extend(self._state.partition, record(running.param_groups, names)), trainer)
+        running = record(strategies.placement(trainer).groups, strategies.parameter_names(pl_module))
+        partition = switch._partition(extend(self._state.partition, running), trainer)
         clock = strategies.clock(trainer, first_step=step)
         phase = phases.build(switch.optimizer, switch.scheduler, partition, self._tensors, clock)
         return phase, SwitchState(self.phase + 1, step, type(phase.optimizer).__name__, partition)
 
     def _exchange(self, trainer: Trainer, phase: Phase, state: SwitchState) -> None:
         """Puts optimizer, schedule, state and clipping in place, all or nothing."""
-        installation = strategies.Installation(trainer, phase.optimizer, phase.lr_scheduler)
+        placement = strategies.placement(trainer)
         before = self._state, trainer.gradient_clip_val
         try:
-            installation.install()
+            placement.install(phase.optimizer, phase.lr_scheduler)
             self._state = state
             trainer.gradient_clip_val = self._clip_val()
-            assert strategies.stepping_optimizer(trainer) is phase.optimizer
+            assert placement.stepping is phase.optimizer
         except BaseException:
-            installation.undo()
+            placement.undo()
             self._state, trainer.gradient_clip_val = before
             raise
 
@@ -337,6 +341,14 @@ class OptimizerSwitchCallback(Callback):
             logger.log_metrics({"phase": self.phase}, step=trainer.global_step)
 
     # Resume and end
+
+    def _read(self, trainer: Trainer, metadata: Mapping[str, Any]) -> None:
+        """On a strategy that restores late: puts the phase in place that wrote the checkpoint, before its state is loaded."""
+        state = metadata.get("callbacks", {}).get(self.state_key)
+        if state is not None and self._tensors:
+            self._state = SwitchState.from_dict(state)
+            if self._state.phase:
+                self._restore_phase(trainer)
 
     def _restore_phase(self, trainer: Trainer) -> None:
         """Builds and installs the phase that a checkpoint, or an earlier fit of this trainer, had reached."""
@@ -365,6 +377,9 @@ class OptimizerSwitchCallback(Callback):
         if self._tensors:
             trainer.gradient_clip_val = self._trainer_clip_val
             self._tensors, self._moments = {}, ()
+        if self._stop_reading is not None:
+            self._stop_reading()
+            self._stop_reading = None
 
 
 def find_switch(trainer: Trainer) -> OptimizerSwitchCallback | None:

@@ -27,7 +27,7 @@ ARROWS: dict[str, set[str]] = {
     "strategies": {"durations", "errors"},
     "switch": {"phases", "strategies", "durations", "errors", "handover", "param_groups", "schedules"},
     "plan": {"strategies", "phases", "switch"},
-    "report": {"phases", "switch"},
+    "report": {"phases", "strategies", "switch"},
     "config": {"errors", "handover", "param_groups", "phases", "schedules", "switch"},
     "hooks": {"config", "phases", "strategies", "errors", "param_groups", "schedules"},
     "tasks.digits": set(),
@@ -35,7 +35,7 @@ ARROWS: dict[str, set[str]] = {
     "app.messages": {"errors"},
     "app.job": {"app.interrupt", "errors"},
     "app.stop": {"app.interrupt", "strategies"},
-    "app.progress": {"phases", "switch"},
+    "app.progress": {"phases", "strategies", "switch"},
     "app.show": {"plan", "report"},
     "app.train": {
         "app.job", "app.interrupt", "app.progress", "app.show", "app.stop", "errors", "config", "strategies", "hooks", "report",

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
 from lightning_adaptive.phases import format_lrs, lrs
+from lightning_adaptive.strategies import running_optimizer
 from lightning_adaptive.switch import find_switch
 
 
@@ -27,7 +28,7 @@ def phase_words(trainer: Trainer) -> tuple[str, str]:
     Args:
         trainer: a trainer that is fitting.
     """
-    optimizer, switch = trainer.optimizers[0], find_switch(trainer)
+    optimizer, switch = running_optimizer(trainer), find_switch(trainer)
     number, count = (switch.phase + 1, len(switch.chain) + 1) if switch else (1, 1)
     return f"{number}/{count} {type(optimizer).__name__}", format_lrs(lrs(optimizer))
 
