@@ -15,14 +15,16 @@ import os
 import pkgutil
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
-from omegaconf import DictConfig, OmegaConf
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -41,6 +43,8 @@ Node = Mapping[str, Any]
 _ALWAYS_INSTALLED = ("torch", "lightning", "torchmetrics", "lightning_adaptive")
 _HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_")
 _SCHEDULERS = (Schedule, LRScheduler, ReduceLROnPlateau)
+_GROUPS = {"then": "switch", "when": "trigger"}
+"""Config groups of the slots that are not called like their group."""
 
 
 def optimizer_factory(value: Node | OptimizerFactory, key: str = "optimizer") -> OptimizerFactory:
@@ -51,11 +55,11 @@ def optimizer_factory(value: Node | OptimizerFactory, key: str = "optimizer") ->
 def scheduler(value: Any, key: str = "scheduler") -> Schedule | SchedulerFactory | SchedulerConfig | None:
     """A `Schedule`, a factory of a torch scheduler, or Lightning's dictionary around one, from a node; or the value itself."""
     if not _is_mapping(value) or not value:
-        return _refuse_word(value, key) or None
+        return _refuse_value(value, key) or None
     if "_target_" in value:
         cls = _target(value, _SCHEDULERS, key)
         return _build(cls, value, key) if issubclass(cls, Schedule) else _factory(value, _SCHEDULERS, key)
-    options = _plain(value)
+    options = _plain(value, key)
     if "scheduler" in options:
         options["scheduler"] = scheduler(options["scheduler"], f"{key}.scheduler")
     return options  # type: ignore[return-value]
@@ -73,12 +77,18 @@ def switch(value: Any, key: str = "switch") -> OptimizerSwitchCallback | None:
     if not value:
         return None
     cls = _target(value, (OptimizerSwitchCallback,), key)
-    options = {name: option for name, option in _plain(value).items() if name not in _HYDRA_KEYS}
+    options = {name: option for name, option in _plain(value, key).items() if name not in _HYDRA_KEYS}
     if options.get("enabled") is False:
         return cls(enabled=False)
     _check_keys(cls, options, key)
+    if not options.get("optimizer"):
+        raise ConfigError(
+            f"a switch needs its next optimizer. Choose one with optimizer@{key}.optimizer=sgd, or no switch with "
+            f"{_group_override(key)}=none.",
+            f"{key}.optimizer",
+        )
     slots: dict[str, Callable[[Any, str], Any]] = {
-        "optimizer": lambda node, at: optimizer_factory(node, at) if node else None,
+        "optimizer": optimizer_factory,
         "scheduler": scheduler,
         "param_groups": lambda node, at: param_groups(node, at) or "inherit",
         "handover": lambda node, at: _object(node, (Handover,), at) or "own",
@@ -115,7 +125,7 @@ def loggers(value: Node | None, key: str = "logger") -> list[Logger]:
 
 def _factory(value: Any, bases: tuple[type, ...], key: str) -> Any:
     if not _is_mapping(value):
-        return _refuse_word(value, key)
+        return _refuse_value(value, key)
     cls = _target(value, bases, key)
     options = _options(cls, value, key)
     return functools.partial(cls, **options)
@@ -123,7 +133,7 @@ def _factory(value: Any, bases: tuple[type, ...], key: str) -> Any:
 
 def _object(value: Any, bases: tuple[type, ...], key: str, nested: tuple[type, ...] = (), **objects: Any) -> Any:
     if not _is_mapping(value):
-        return _refuse_word(value, key)
+        return _refuse_value(value, key)
     if not value:
         return None
     return _build(_target(value, bases, key), value, key, nested, **objects)
@@ -138,24 +148,36 @@ def _call(cls: type, options: dict[str, Any], key: str) -> Any:
         return cls(**options)
     except ConfigError as error:
         raise error.within(key) from None
+    except (MisconfigurationException, ModuleNotFoundError) as error:
+        if not cls.__module__.startswith("lightning."):
+            raise
+        # A machine without a GPU, a logger without its package.
+        raise ConfigError(f"{cls.__name__} cannot be built: {str(error).rstrip('.!')}.", key) from error
 
 
-def _refuse_word(value: Any, key: str) -> Any:
+def _refuse_value(value: Any, key: str) -> Any:
+    """Lets the objects of the Python API pass, and refuses what only a config can have written where a node belongs."""
     if isinstance(value, str) and value not in ("inherit", "own"):
         raise ConfigTypeError(
             f"{value!r} is a word where a node belongs. To choose a file of the group, write {_group_override(key)}={value}.", key
         )
+    if isinstance(value, bool | int | float | list | ListConfig):
+        raise ConfigTypeError(f"{value!r} stands where a node belongs, a mapping with _target_.", key)
     return value
 
 
 def _group_override(key: str) -> str:
-    return f"{key.rsplit('.', 1)[-1]}@{key}" if "." in key else key
+    """What chooses a file of the group for a key: ``optimizer`` at the top, ``optimizer@switch.optimizer`` further in."""
+    slot = key.rsplit(".", 1)[-1]
+    return f"{_GROUPS.get(slot, slot)}@{key}" if "." in key else key
 
 
 def _target(node: Node, bases: tuple[type, ...], key: str) -> type:
     """The class that a node names, imported only after its package was found to be installed or trusted."""
     target = node.get("_target_")
     wanted = " or ".join(base.__name__ for base in bases)
+    if target in (None, "???"):
+        raise ConfigError(f"must be given: the path of a class, package.module.Class, of {wanted}.", f"{key}._target_")
     if not isinstance(target, str) or not target.replace(".", "_").isidentifier() or "." not in target:
         raise ConfigError(f"{target!r} is no path of a class. Write package.module.Class, of {wanted}.", f"{key}._target_")
     package = target.partition(".")[0]
@@ -189,7 +211,8 @@ def _not_found(target: str, error: Exception) -> str:
     module_object = sys.modules.get(module_name)
     if module_object is None:
         return f"there is no module {module_name!r}."
-    classes = [option for option in dir(module_object) if inspect.isclass(getattr(module_object, option, None))]
+    # A name that the module does not hold yet is one that it would import when asked; it is not asked for a suggestion.
+    classes = [option for option in dir(module_object) if inspect.isclass(vars(module_object).get(option, type))]
     return f"{module_name} has no {name!r}." + did_you_mean(name, classes)
 
 
@@ -213,7 +236,7 @@ def _nested(value: Any, bases: tuple[type, ...], key: str) -> Any:
 
 
 def _check_keys(cls: type, options: dict[str, Any], key: str) -> None:
-    parameters = {name: parameter for name, parameter in inspect.signature(cls).parameters.items() if name != "params"}
+    parameters = {name: parameter for name, parameter in _signature(cls).parameters.items() if name != "params"}
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for name, value in options.items():
         if name not in parameters and not takes_any:
@@ -221,7 +244,8 @@ def _check_keys(cls: type, options: dict[str, Any], key: str) -> None:
             raise ConfigError(f"{cls.__name__} has no option {name!r}.{nearest} Options: {', '.join(parameters)}.", f"{key}.{name}")
         if value == "???":
             raise ConfigError("must be given.", f"{key}.{name}")
-        _check_number(value, parameters.get(name), f"{key}.{name}", is_lr=name == "lr" and issubclass(cls, Optimizer))
+        is_lr = name == "lr" and issubclass(cls, Optimizer)
+        _check_number(value, parameters.get(name), f"{key}.{name}", is_lr)
     missing = [
         name
         for name, parameter in parameters.items()
@@ -234,25 +258,64 @@ def _check_keys(cls: type, options: dict[str, Any], key: str) -> None:
         raise ConfigError(f"{cls.__name__} needs the option {missing[0]!r}.", f"{key}.{missing[0]}")
 
 
+def _signature(cls: type) -> inspect.Signature:
+    try:
+        return inspect.signature(cls, eval_str=True)
+    except Exception:  # noqa: BLE001 - annotations are another package's code; without them fewer mistakes are seen early
+        return inspect.signature(cls)
+
+
 def _check_number(value: Any, parameter: inspect.Parameter | None, key: str, is_lr: bool) -> None:
-    """A word where the class has a number; and a learning rate that no optimizer can use."""
-    default = None if parameter is None else parameter.default
-    numeric = isinstance(default, int | float) and not isinstance(default, bool)
-    if isinstance(value, str) and (numeric or is_lr):
-        raise ConfigTypeError(f"{value!r} is not a number. Write one, for example {default if numeric else 0.001}.", key)
+    """A word, a blank or a fraction where the class has a number; and a learning rate that no optimizer can use."""
+    default = None if parameter is None or parameter.default is parameter.empty else parameter.default
+    kinds = _kinds(parameter, default)
+    if is_lr and not kinds:
+        kinds = {float}
+    if kinds and kinds <= {int, float, bool, NoneType, Tensor} and kinds & {int, float} and not _fits(value, kinds):
+        number = "number" if float in kinds else "whole number"
+        example = default if isinstance(default, int | float) else 0.001 if is_lr else 1
+        shown = "null" if value is None else repr(value)
+        raise ConfigTypeError(f"{shown} is not a {number}. Write one, for example {example}.", key)
     if is_lr and isinstance(value, int | float) and not (math.isfinite(value) and value > 0):
         raise ConfigError(f"{value!r} is no learning rate. It is finite and above zero.", key)
+
+
+def _kinds(parameter: inspect.Parameter | None, default: Any) -> set[Any]:
+    """The types that an option may have, by its annotation and its default; empty where neither says anything."""
+    if parameter is None:
+        return set()
+    annotation = parameter.annotation
+    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    if annotation is parameter.empty or isinstance(annotation, str):
+        # Without an annotation a default of None says nothing, and 0 may stand for 0.0.
+        return {int, float} if isinstance(default, int | float) and not isinstance(default, bool) else set()
+    return {*members, type(default)} if parameter.default is not parameter.empty else set(members)
+
+
+def _fits(value: Any, kinds: set[Any]) -> bool:
+    if value is None or isinstance(value, bool):
+        return type(value) in kinds
+    if isinstance(value, int):
+        return True
+    return isinstance(value, float) and float in kinds
 
 
 def _is_mapping(value: Any) -> bool:
     return isinstance(value, Mapping)
 
 
-def _plain(node: Node, key: str = "") -> dict[str, Any]:
+def _plain(node: Node, key: str) -> dict[str, Any]:
     """The node in plain Python: torch refuses ``DictConfig`` and ``ListConfig``."""
-    if not isinstance(node, DictConfig):
-        return dict(node)
-    try:
-        return OmegaConf.to_container(node, resolve=True)  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0], error.full_key or key) from None
+    plain: dict[str, Any] = _plain_value(node, key)
+    return plain
+
+
+def _plain_value(value: Any, key: str) -> Any:
+    if isinstance(value, DictConfig | ListConfig):
+        try:
+            return OmegaConf.to_container(value, resolve=True)
+        except OmegaConfBaseException as error:
+            raise ConfigError(str(error).splitlines()[0], error.full_key or key) from None
+    if isinstance(value, Mapping):
+        return {name: _plain_value(item, key) for name, item in value.items()}
+    return [_plain_value(item, key) for item in value] if isinstance(value, list) else value

@@ -155,15 +155,18 @@ def _optimizer(factory: OptimizerFactory, partition: Partition, tensors: Mapping
         raise ConfigError("there is nothing to train: no parameter requires a gradient.", "optimizer")
     notes: tuple[str, ...] = ()
     grouped = True
-    if len(lists) == 1:
-        optimizer = factory(lists[0])
-    else:
-        try:
-            optimizer = factory([{"params": parameters} for parameters in lists])
-        except ValueError as error:
-            optimizer = _without_groups(factory, lists, error)
-            grouped = False
-            notes = (f"{type(optimizer).__name__} has no parameter groups: {len(lists)} groups became one",)
+    try:
+        if len(lists) == 1:
+            optimizer = factory(lists[0])
+        else:
+            try:
+                optimizer = factory([{"params": parameters} for parameters in lists])
+            except ValueError as error:
+                optimizer = _without_groups(factory, lists, error)
+                grouped = False
+                notes = (f"{type(optimizer).__name__} has no parameter groups: {len(lists)} groups became one",)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"cannot be built: {error}", "optimizer") from error
     if not isinstance(optimizer, Optimizer):
         raise ConfigTypeError(f"the factory returned a {type(optimizer).__name__}, not a torch.optim.Optimizer.", "optimizer")
     if any(group["lr"] is None for group in optimizer.param_groups if "lr" in group):

@@ -118,7 +118,7 @@ def test_refuses(factory: Any, scheduler: Any, partition: Any, message: str) -> 
 
 
 def test_an_optimizers_own_error_is_not_taken_for_missing_groups() -> None:
-    with pytest.raises(ValueError, match="momentum must not be 12"):
+    with pytest.raises(ConfigError, match=r"^optimizer: cannot be built: momentum must not be 12$"):
         build(refuses_twelve, None, UNIFORM, TENSORS, CLOCK)
 
 

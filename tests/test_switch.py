@@ -478,6 +478,12 @@ def fails_when_it_is_built(params: Any) -> SGD:
             {},
             "switch.scheduler.warmup: 30ep is 240 steps, but the schedule spans only 16.",
         ),
+        ({}, {"accumulate_grad_batches": 0}, "trainer.accumulate_grad_batches: 0 batches make no step. Write at least 1."),
+        (
+            {"optimizer": partial(Adam, betas=(0.9, 1.5))},
+            {},
+            "switch.optimizer: cannot be built: Invalid beta parameter at index 1: 1.5",
+        ),
         (
             {"at": "50%"},
             {"max_time": "00:00:10:00", "max_epochs": -1},

@@ -13,8 +13,10 @@ from pathlib import Path
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
+from hydra.errors import ConfigCompositionException
 from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig
 
 SCHEME = "lightning_adaptive"
 PHASE_GROUPS = ("optimizer", "scheduler", "param_groups", "switch", "trigger", "handover")
@@ -65,9 +67,15 @@ class PhaseGroupSource(FileConfigSource):
         return True
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """Loads a file of a group."""
+        """Loads a file of a group.
+
+        Raises:
+            ConfigCompositionException: for a recipe that reaches beyond the run.
+        """
         source, path = self._locate(config_path)
         result = source.load_config(path)
+        if self.path:
+            _check_recipe(path, result)
         result.path, result.provider = self.full_path(), self.provider
         return result
 
@@ -102,6 +110,15 @@ class PhaseGroupSource(FileConfigSource):
         name = config_path.removeprefix("recipe").removeprefix("/")
         sources = [FileConfigSource("", str(folder.resolve())) for folder in recipe_folders()]
         return next((source for source in sources if name and source.is_config(name)), sources[-1]), name
+
+
+def _check_recipe(name: str, result: ConfigResult) -> None:
+    """A recipe may come from anywhere, and Hydra's own settings name code (logging, launchers) and environment variables."""
+    package = result.header.get("package")
+    reaches_hydra = isinstance(result.config, DictConfig) and "hydra" in result.config
+    if package != "_global_" or reaches_hydra:
+        fault = "it sets the key 'hydra', which only the command line may" if reaches_hydra else f"its package is {package!r}"
+        raise ConfigCompositionException(f"recipe={name}: {fault}. A recipe begins with '# @package _global_' and chooses a run.")
 
 
 class RecipeSearchPath(SearchPathPlugin):

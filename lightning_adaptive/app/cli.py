@@ -25,7 +25,8 @@ def main() -> None:
     """Runs a sub-command with the arguments of the process, and exits with its code."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_USAGE.format(commands="\n".join(f"  {name:<10}{line}" for name, line in COMMANDS.items())))  # noqa: T201
+        usage = _USAGE.format(commands="\n".join(f"  {name:<10}{line}" for name, line in COMMANDS.items()))
+        print(usage, end="", file=sys.stdout if arguments else sys.stderr)
         sys.exit(0 if arguments else 2)
     command = arguments[0]
     if command not in COMMANDS:
@@ -38,12 +39,14 @@ def main() -> None:
 
     try:
         importlib.import_module(f"lightning_adaptive.app.{command}").main()
-    except CompactHydraException as error:
+    except UserError as error:
+        _fail(str(error), error.exit_code)
+    except (CompactHydraException, ValueError) as error:
+        if "HYDRA_FULL_ERROR" not in os.environ:
+            raise  # a job had begun, so this is no fault of the command line
         from lightning_adaptive.app.messages import hydra_message
 
         _fail(hydra_message(error, sys.argv[1:]), 2)
-    except UserError as error:
-        _fail(str(error), error.exit_code)
 
 
 def _fail(message: str, code: int) -> None:

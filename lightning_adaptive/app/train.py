@@ -30,8 +30,10 @@ def main(config: DictConfig) -> float | None:
 
 def _train(config: DictConfig, signals: Signals) -> float | None:
     checkpoint = _checkpoint(config.ckpt_path)
+    _check_seed(config.seed)
     _require("rich", "matplotlib")
     import lightning.pytorch as pl
+    from lightning.pytorch.callbacks import Checkpoint
 
     from lightning_adaptive import config as build
     from lightning_adaptive import strategies
@@ -63,7 +65,10 @@ def _train(config: DictConfig, signals: Signals) -> float | None:
     ]
     if config.trainer.get("enable_progress_bar", True):
         callbacks.append(progress(monitor))
-    trainer = build.trainer(config.trainer, callbacks=callbacks, logger=build.loggers(config.logger) or False)
+    options: dict[str, Any] = {"callbacks": callbacks, "logger": build.loggers(config.logger) or False}
+    if not any(isinstance(callback, Checkpoint) for callback in callbacks):
+        options["enable_checkpointing"] = False  # or Lightning adds a callback for checkpoints of its own
+    trainer = build.trainer(config.trainer, **options)
     try:
         trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         # Before the test, which loads the best checkpoint and with it the report's state of that time.
@@ -124,14 +129,29 @@ def _checkpoint(path: str | None) -> str | None:
         return None
     file = Path(path)
     if not file.is_file():
-        near = sorted(file.parent.glob("*.ckpt"), key=lambda found: found.stat().st_mtime) if file.parent.is_dir() else []
-        newest = f" Newest there: {near[-1]}." if near else ""
-        raise CheckpointError(f"ckpt_path={path}: there is no such file.{newest}")
-    if not zipfile.is_zipfile(file):
+        folder = file if file.is_dir() else file.parent
+        whole = [found for found in folder.glob("*.ckpt") if _is_whole(found)] if folder.is_dir() else []
+        newest = f" Newest there: {max(whole, key=lambda found: found.stat().st_mtime)}." if whole else ""
+        fault = "is a folder, not a file." if file.is_dir() else "there is no such file."
+        raise CheckpointError(f"ckpt_path={path}: {fault}{newest}")
+    if not _is_whole(file):
         raise CheckpointError(
             f"ckpt_path={path}: is no checkpoint, or not a whole one ({file.stat().st_size:,} bytes). It was left as it is."
         )
     return path
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file is an archive as torch writes it, with its end, which comes last."""
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return any(name.endswith("/data.pkl") for name in archive.namelist())
+
+
+def _check_seed(seed: Any) -> None:
+    if seed is not None and (type(seed) is not int or not 0 <= seed < 2**32):
+        raise ConfigError(f"{seed!r} is no seed. Write a whole number from 0 to {2**32 - 1}, or null.", "seed")
 
 
 def _silence_noise() -> None:

@@ -1,0 +1,331 @@
+"""Every YAML file under conf/ and recipes/: its form, that it composes, that it builds, and that it can take a step."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from lightning.pytorch import Trainer
+from omegaconf import DictConfig, OmegaConf
+
+from hydra_plugins.lightning_adaptive import data_folder
+from lightning_adaptive import attach, config
+from lightning_adaptive.app import job  # noqa: F401 - registers the resolvers that train.yaml uses
+from lightning_adaptive.errors import ConfigError
+from tests.support import ROOT, Net, counted_steps, loader, trainer, weights
+
+COUNTS = {
+    "conf": 1,
+    "conf/callbacks": 2,
+    "conf/handover": 1,
+    "conf/logger": 5,
+    "conf/optimizer": 12,
+    "conf/param_groups": 2,
+    "conf/scheduler": 4,
+    "conf/switch": 2,
+    "conf/task": 1,
+    "conf/trainer": 4,
+    "recipes": 1,
+}
+"""How many files each folder holds. A new file is entered here, and is then checked by everything below."""
+
+FILES = sorted(path.relative_to(ROOT) for folder in ("conf", "recipes") for path in (ROOT / folder).rglob("*.yaml"))
+RECIPES = [path.stem for path in FILES if path.parts[0] == "recipes"]
+MARKS = ("_target_", "_partial_")
+"""Keys that say what a node is, and need no comment."""
+
+
+def names(group: str) -> list[str]:
+    return [path.stem for path in FILES if path.parent.name == group]
+
+
+@pytest.fixture
+def composed(tmp_path: Path) -> Iterator[Any]:
+    """Composes ``train`` with overrides, in a run folder of the test's own."""
+    with initialize_config_dir(str(data_folder("conf")), version_base="1.3"):
+        yield lambda *overrides: compose("train", [f"output_dir={tmp_path}", *overrides])
+
+
+def override_of(path: Path) -> str:
+    """The override that chooses a file: where it belongs, which for some groups is after a switch."""
+    group, name = path.parent.name, path.stem
+    if group == "recipes":
+        return f"recipe={name}"
+    if group == "handover" or name == "inherit":
+        return f"{group}@switch.{group}={name}"
+    return f"{group}={name}"
+
+
+# Form
+
+
+def test_every_file_is_counted() -> None:
+    found = {str(folder): sum(path.parent == folder for path in FILES) for folder in {path.parent for path in FILES}}
+    assert found == COUNTS
+    others = [path for folder in ("conf", "recipes") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    assert len(others) == len(FILES), "conf/ and recipes/ hold YAML files and nothing else"
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_a_file_is_short_and_says_first_what_it_is(path: Path) -> None:
+    lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+    if path.parts[0] == "recipes":
+        assert lines.pop(0) == "# @package _global_"
+    assert lines[0].startswith("# ")
+    assert len(lines[0].split()) >= 5
+    assert len(lines) <= 40
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parts[0] == "conf"], ids=str)
+def test_every_value_is_documented_where_it_stands(path: Path) -> None:
+    inherited = {key for sibling in siblings(path) for key, text in leaves(path.with_name(f"{sibling}.yaml")) if "#" in text}
+    undocumented = [key for key, text in leaves(path) if "#" not in text and key not in inherited]
+    assert undocumented == []
+
+
+def siblings(path: Path) -> list[str]:
+    """Files of its own group that a file builds on, and so need not explain again."""
+    defaults = yaml.safe_load((ROOT / path).read_text(encoding="utf-8")).get("defaults", [])
+    return [entry for entry in defaults if isinstance(entry, str) and entry != "_self_"]
+
+
+def leaves(path: Path) -> Iterator[tuple[str, str]]:
+    """Dotted key and line of each value of a file; a list is one value."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    lines = text.splitlines()
+
+    def walk(mapping: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, str]]:
+        for key, value in mapping.value:
+            if key.value in (*MARKS, "defaults"):
+                continue
+            if isinstance(value, yaml.MappingNode):
+                yield from walk(value, f"{prefix}{key.value}.")
+            else:
+                yield prefix + key.value, lines[key.start_mark.line]
+
+    node = yaml.compose(text)
+    assert isinstance(node, yaml.MappingNode)
+    yield from walk(node, "")
+
+
+def test_all_switches_have_the_same_slots() -> None:
+    """Otherwise ``recipe=X switch=none`` fails, since the recipe sets what the other file does not have."""
+    files = [yaml.safe_load((ROOT / "conf/switch" / f"{name}.yaml").read_text(encoding="utf-8")) for name in names("switch")]
+    slots = [{next(iter(entry)) for entry in file["defaults"] if isinstance(entry, dict)} for file in files]
+    keys = [set(file) for file in files]
+    assert all(one == slots[0] for one in slots)
+    assert all(one == keys[0] for one in keys)
+    assert {slot.partition("@")[2] for slot in slots[0]} == {"optimizer", "scheduler", "param_groups", "when", "handover", "then"}
+
+
+def test_interpolations_of_phase_files_are_relative() -> None:
+    """A node is placed at several packages, also in other people's applications, where our root keys do not exist."""
+    groups = ("optimizer", "scheduler", "param_groups", "switch", "trigger", "handover")
+    texts = {path: (ROOT / path).read_text(encoding="utf-8") for path in FILES if path.parent.name in groups}
+    assert [path for path, text in texts.items() if "${" in text.replace("${.", "")] == []
+
+
+# Composition
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_a_file_composes_where_it_belongs(path: Path, composed: Any) -> None:
+    whole = composed(*([] if path.name == "train.yaml" else [override_of(path)]))
+    assert isinstance(whole, DictConfig)
+    assert set(whole) == {
+        *("task", "optimizer", "scheduler", "param_groups", "switch", "trainer", "logger", "callbacks"),
+        *("seed", "ckpt_path", "test", "study", "output_dir"),
+    }
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("switch", names("switch"))
+def test_every_recipe_goes_with_every_switch(recipe: str, switch: str, composed: Any) -> None:
+    whole = composed(f"recipe={recipe}", f"switch={switch}")
+    built = config.switch(whole.switch)
+    assert built is not None
+    assert built.enabled == (switch != "none")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_sets_only_keys_that_exist(recipe: str, composed: Any) -> None:
+    """Hydra would add a misspelt one in silence."""
+    body = yaml.safe_load((ROOT / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8"))
+    choices = [next(iter(entry.items())) for entry in body.pop("defaults")]
+    without = composed(*(f"{group.removeprefix('override /')}={name}" for group, name in choices))
+    missing = object()
+    for key in dotted(body):
+        assert OmegaConf.select(without, key, default=missing) is not missing, key
+
+
+def dotted(mapping: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in mapping.items():
+        if isinstance(value, dict):
+            yield from dotted(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+# Objects and their first steps
+
+
+def fit(module: Net, steps: int, *callbacks: Any) -> Trainer:
+    running = trainer(max_steps=steps, callbacks=list(callbacks))
+    running.fit(module, loader())
+    assert running.global_step == steps
+    return running
+
+
+def moved(module: Net) -> bool:
+    before = weights(Net())
+    return all(not torch.equal(before[name], tensor) for name, tensor in weights(module).items())
+
+
+OPTIMIZERS = [name for name in names("optimizer") if name != "custom"]
+"""``custom`` names no class of its own; see below."""
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_takes_a_step(name: str, composed: Any) -> None:
+    whole = composed(f"optimizer={name}")
+    module = attach(Net(), optimizer=whole.optimizer)
+    with counted_steps() as counts:
+        fit(module, 1)
+    assert moved(module)
+    assert counts == {whole.optimizer["_target_"].rpartition(".")[2]: 1}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_takes_a_step_after_a_switch(name: str, composed: Any) -> None:
+    whole = composed(f"optimizer@switch.optimizer={name}", "switch.at=1st")
+    with counted_steps() as counts:
+        running = fit(attach(Net(), optimizer=whole.optimizer), 2, config.switch(whole.switch))
+    target = whole.switch.optimizer["_target_"].rpartition(".")[2]
+    assert type(running.optimizers[0]).__name__ == target
+    assert counts == ({"Adam": 2} if target == "Adam" else {"Adam": 1, target: 1})
+
+
+def test_the_custom_optimizer_must_be_named_and_then_takes_a_step(composed: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^optimizer\._target_: must be given"):
+        config.optimizer_factory(composed("optimizer=custom").optimizer)
+    whole = composed("optimizer=custom", "optimizer._target_=torch.optim.Rprop", "+optimizer.etas=[0.4,1.3]")
+    module = attach(Net(), optimizer=whole.optimizer)
+    running = fit(module, 1)
+    assert type(running.optimizers[0]) is torch.optim.Rprop
+    assert tuple(running.optimizers[0].param_groups[0]["etas"]) == (0.4, 1.3)
+    assert moved(module)
+
+
+@pytest.mark.parametrize("name", names("scheduler"))
+def test_a_schedule_drives_a_step(name: str, composed: Any) -> None:
+    whole = composed(f"scheduler={name}", *(["scheduler.every=1st"] if name == "step" else []), "optimizer.lr=0.5")
+    running = fit(attach(Net(), optimizer=whole.optimizer, scheduler=whole.scheduler), 2)
+    lr = running.optimizers[0].param_groups[0]["lr"]
+    # After two of two steps: the end of the cosine, or two decays by a tenth.
+    assert lr == pytest.approx({"cosine": 0.0, "step": 0.005, "constant": 0.5, "none": 0.5}[name])
+
+
+@pytest.mark.parametrize("name", [name for name in names("scheduler") if name != "none"])
+def test_every_schedule_warms_up(name: str, composed: Any) -> None:
+    whole = composed(f"scheduler={name}", "scheduler.warmup=4st", "optimizer.lr=0.8")
+    running = fit(attach(Net(), optimizer=whole.optimizer, scheduler=whole.scheduler), 4)
+    scheduler: Any = running.lr_scheduler_configs[0].scheduler
+    assert [scheduler.factor(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+
+
+@pytest.mark.parametrize("name", names("param_groups"))
+def test_param_groups_hold_every_parameter(name: str, composed: Any) -> None:
+    whole = composed(f"param_groups@switch.param_groups={name}", "switch.at=1st")
+    running = fit(attach(Net(), optimizer=whole.optimizer), 2, config.switch(whole.switch))
+    assert [len(group["params"]) for group in running.optimizers[0].param_groups] == [4]
+
+
+@pytest.mark.parametrize("name", names("handover"))
+def test_a_handover_builds_and_is_used(name: str, composed: Any) -> None:
+    whole = composed(f"handover@switch.handover={name}", "switch.at=1st")
+    switch = config.switch(whole.switch)
+    assert switch is not None
+    fit(attach(Net(), optimizer=whole.optimizer), 2, switch)
+    assert switch.phase == 1
+
+
+@pytest.mark.parametrize("name", names("switch"))
+def test_a_switch_takes_a_step_on_either_side(name: str, composed: Any) -> None:
+    whole = composed(f"switch={name}", "switch.at=1st")
+    with counted_steps() as counts:
+        fit(attach(Net(), optimizer=whole.optimizer), 2, config.switch(whole.switch))
+    assert counts == ({"Adam": 2} if name == "none" else {"Adam": 1, "SGD": 1})
+
+
+def test_a_third_phase_is_one_more_override(composed: Any) -> None:
+    whole = composed(
+        "switch@switch.then=adam_to_sgd", "switch.at=1st", "switch.then.at=2st", "optimizer@switch.then.optimizer=adagrad"
+    )
+    with counted_steps() as counts:
+        fit(attach(Net(), optimizer=whole.optimizer), 3, config.switch(whole.switch))
+    assert counts == {"Adam": 1, "SGD": 1, "Adagrad": 1}
+
+
+TRAINER_EXCEPTIONS = {} if torch.cuda.is_available() else {"gpu": "no GPU", "ddp": "no GPU"}
+
+
+@pytest.mark.parametrize("name", names("trainer"))
+def test_a_trainer_builds(name: str, composed: Any) -> None:
+    node = composed(f"trainer={name}", "trainer.max_epochs=7").trainer
+    if name in TRAINER_EXCEPTIONS:
+        with pytest.raises(ConfigError) as caught:
+            config.trainer(node, logger=False)
+        assert str(caught.value) == "trainer: Trainer cannot be built: No supported gpu backend found."
+        return
+    built = config.trainer(node, logger=False)
+    assert built.max_epochs == 7
+    assert type(built.strategy).__name__ == {"ddp_cpu": "DDPStrategy", "ddp": "DDPStrategy"}.get(name, "SingleDeviceStrategy")
+
+
+LOGGER_PACKAGES = {"csv": None, "tensorboard": "tensorboard", "many": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+
+
+@pytest.mark.parametrize("name", names("logger"))
+def test_a_logger_builds_or_says_which_package_it_needs(name: str, composed: Any) -> None:
+    node = composed(f"logger={name}", *(["logger.wandb.offline=true"] if name == "wandb" else [])).logger
+    package = LOGGER_PACKAGES[name]
+    if package is not None and importlib.util.find_spec(package) is None:
+        with pytest.raises(ConfigError, match=rf"^logger\.{name}: .* cannot be built: .*{package}"):
+            config.loggers(node)
+        return
+    built = config.loggers(node)
+    assert type(built[0]).__name__ == "CSVLogger", "the picture is drawn from its file"
+    assert len(built) == (1 if name == "csv" else 2)
+
+
+@pytest.mark.parametrize("name", names("callbacks"))
+def test_callbacks_build(name: str, composed: Any) -> None:
+    built = [type(callback).__name__ for callback in config.callbacks(composed(f"callbacks={name}").callbacks)]
+    assert built == {"default": ["ModelCheckpoint", "LearningRateMonitor"], "none": []}[name]
+
+
+@pytest.mark.parametrize("name", names("task"))
+def test_a_task_builds_and_gives_batches(name: str, composed: Any) -> None:
+    task = composed(f"task={name}").task
+    module, data = config.module(task.module, "task.module"), config.datamodule(task.data, "task.data")
+    data.setup("fit")
+    images, targets = next(iter(data.train_dataloader()))
+    assert module(images).shape[0] == targets.shape[0]
+    assert task.mode in ("min", "max")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_builds_and_its_phases_take_a_step(recipe: str, composed: Any) -> None:
+    whole = composed(f"recipe={recipe}", "switch.at=1st")
+    switch = config.switch(whole.switch)
+    assert switch is not None
+    module = attach(Net(), optimizer=whole.optimizer, scheduler=whole.scheduler, param_groups=whole.param_groups)
+    fit(module, 2, switch)
+    assert switch.phase == len(switch.chain) == 1
+    assert moved(module)
