@@ -246,7 +246,7 @@ class DeepSpeed(Plain):
         _refuse_closure(optimizer, self.strategy)
         if gradient_clip_val != "keep":
             raise ConfigError(
-                f"{gradient_clip_val!r} cannot be set under DeepSpeed, whose config fixes clipping for the whole run. Write 'keep'.",
+                f"{gradient_clip_val!r} cannot be set under DeepSpeed: its config fixes clipping for the whole run. Write 'keep'.",
                 "gradient_clip_val",
             )
 
@@ -254,9 +254,8 @@ class DeepSpeed(Plain):
     def groups(self) -> list[dict[str, Any]]:
         # The optimizer's own groups hold flat partitions.
         wrapper = self.strategy.model.optimizer
-        whole = next(
-            (getattr(wrapper, name) for name in ("bit16_groups", "fp16_groups", "bf16_groups") if hasattr(wrapper, name)), None
-        )
+        lists = ("bit16_groups", "fp16_groups", "bf16_groups")  # of ZeRO-1 and 2, of ZeRO-3, of its bf16 optimizer
+        whole = next((getattr(wrapper, name) for name in lists if hasattr(wrapper, name)), None)
         if whole is None:
             return self.optimizer.param_groups
         members: list[list[Tensor]] = [[] for _ in self.optimizer.param_groups]

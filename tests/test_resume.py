@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from torch.optim import LBFGS, SGD, AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
@@ -214,16 +214,16 @@ class Faulty(OptimizerSwitchCallback):
             raise self.error("planted")
 
 
-class Installing(strategies.Installation):
+class Installing(strategies.Plain):
     """Raises inside of the installation."""
 
     seam: str
     error: type[BaseException]
 
-    def install(self) -> None:
+    def install(self, *arguments: Any) -> None:
         if self.seam == "before install":
             raise self.error("planted")
-        super().install()
+        super().install(*arguments)
         if self.seam == "after install":
             raise self.error("planted")
 
@@ -281,7 +281,7 @@ def test_an_exception_at_a_seam_leaves_a_checkpoint_that_resumes(
 
     with monkeypatch.context() as patched:
         installing = type("Installing", (Installing,), {"seam": seam, "error": error})
-        patched.setattr(strategies, "Installation", installing)
+        patched.setitem(strategies.PLACEMENTS, SingleDeviceStrategy, installing)
         if seam == "between optimizer and scheduler":
             optimizers_setter(error)
         # Lightning turns Ctrl-C into an exit.

@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, RMSprop
 from torch.optim.lr_scheduler import StepLR
@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_adaptive import ConfigError, Cosine, Handover, Inherit, OptimizerSwitchCallback, ParamGroups, attach
 from lightning_adaptive.report import read_curves
-from lightning_adaptive.strategies import check_supported
+from lightning_adaptive.strategies import placement
 from tests.support import Net, ValidatedNet, counted_steps, dataset, loader, trainer
 
 TO_SGD = partial(SGD, lr=0.1, momentum=0.9)
@@ -512,15 +512,24 @@ def test_durations_in_epochs_need_a_length() -> None:
         fit(OptimizerSwitchCallback(at="2ep", optimizer=TO_SGD), data=endless(), max_steps=9, max_epochs=-1)
 
 
-@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy])
-def test_a_strategy_without_support_is_named(strategy: type[Strategy]) -> None:
-    unfinished = SimpleNamespace(strategy=object.__new__(strategy))
+def test_a_strategy_that_is_not_known_is_named() -> None:
+    class MyStrategy:
+        """Not even one of Lightning's."""
+
+    unknown = SimpleNamespace(strategy=MyStrategy())
     with pytest.raises(ConfigError) as caught:
-        check_supported(unfinished)  # type: ignore[arg-type]
+        placement(unknown)  # type: ignore[arg-type]
     assert str(caught.value) == (
-        f"trainer.strategy: a switch is not available on {strategy.__name__} yet. "
-        "Available: SingleDeviceStrategy, DDPStrategy and their subclasses."
+        "trainer.strategy: a switch is not available on MyStrategy. Available: SingleDeviceStrategy, DDPStrategy, FSDPStrategy, "
+        "ModelParallelStrategy, DeepSpeedStrategy, and what is derived from them. Another one needs a class of its own in "
+        "lightning_adaptive/strategies.py, a subclass of Plain."
     )
+
+
+def test_fsdp_without_the_modules_own_parameters_is_refused() -> None:
+    flat = SimpleNamespace(strategy=FSDPStrategy(use_orig_params=False))
+    with pytest.raises(ConfigError, match=r"^trainer\.strategy\.use_orig_params: .* Leave use_orig_params at its default, true\.$"):
+        placement(flat).check()  # type: ignore[arg-type]
 
 
 def test_manual_optimization_is_not_available_yet() -> None:
