@@ -5,6 +5,7 @@ One of the two files that know Lightning's inside (the private names are listed 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import signal
@@ -271,6 +272,7 @@ class DeepSpeed(Plain):
         strategy.save_checkpoint = _refuse_to_save
         if hasattr(old, "destroy"):
             old.destroy()
+            _break_cycle(old)
         # The engine keeps the first optimizer, and with it its state, until another takes this place.
         engine.client_optimizer = optimizer
         engine._configure_optimizer(optimizer, None)
@@ -320,6 +322,13 @@ def _refuse_closure(optimizer: Optimizer, strategy: Any) -> None:
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:
     raise RuntimeError("DeepSpeed has destroyed the old optimizer and the new one does not stand yet: nothing can be saved.")
+
+
+def _break_cycle(wrapper: Any) -> None:
+    """ZeRO-3 (seen on 0.19) keeps partials of itself, so that only the garbage collector would free it."""
+    for name, value in tuple(vars(wrapper).items()):
+        if isinstance(value, functools.partial) and wrapper in value.args:
+            delattr(wrapper, name)
 
 
 def _master_weights(wrapper: Any) -> list[Tensor]:
