@@ -5,11 +5,14 @@ One of the two files that know Lightning's inside (the private names are listed 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import math
 import signal
+import subprocess
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +37,8 @@ from torch.optim import Optimizer
 
 from lightning_adaptive.durations import Clock
 from lightning_adaptive.errors import CheckpointError, ConfigError
+
+_ACCUMULATE = "trainer.accumulate_grad_batches"
 
 
 def placement(trainer: Trainer) -> Plain:
@@ -65,6 +70,8 @@ def clock(trainer: Trainer, first_step: int = 0) -> Clock:
     Raises:
         ConfigError: when accumulation changes between epochs, so that steps cannot be counted.
     """
+    if trainer.accumulate_grad_batches < 1:
+        raise ConfigError(f"{trainer.accumulate_grad_batches} batches make no step. Write at least 1.", _ACCUMULATE)
     trainer.fit_loop.setup_data()
     batches = trainer.num_training_batches
     steps_per_epoch = math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else None
@@ -74,7 +81,7 @@ def clock(trainer: Trainer, first_step: int = 0) -> Clock:
         raise ConfigError(
             "accumulation that changes between epochs leaves the number of steps unknown. Set trainer.max_steps and "
             "trainer.max_epochs=-1, or write durations in steps (st).",
-            "trainer.accumulate_grad_batches",
+            _ACCUMULATE,
         ) from error
     known = math.isfinite(total) and total >= 0
     return Clock(steps_per_epoch=steps_per_epoch, total_steps=int(total) if known else None, first_step=first_step)
@@ -404,18 +411,28 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def end_processes(trainer: Trainer) -> None:
-    """Ends the processes that Lightning's launcher started from this one, if it did; they would wait for this one for long."""
+    """Ends the processes that Lightning's launcher started from this one, if it did.
+
+    They have a moment to end by themselves, with an exit code that says why; those that wait for this one would do so for long.
+    """
     launcher = trainer.strategy.launcher
-    if isinstance(launcher, _SubprocessScriptLauncher):
-        stop_watching_processes()
-        launcher.kill(signal.SIGKILL)
+    if not isinstance(launcher, _SubprocessScriptLauncher):
+        return
+    deadline = time.monotonic() + 2
+    for process in launcher.procs:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0, deadline - time.monotonic()))
+    launcher.kill(signal.SIGKILL)
 
 
-def stop_watching_processes() -> None:
-    """Keeps Lightning's observer from killing this process because another rank ended with a code of its own."""
+def take_processes() -> list[subprocess.Popen[bytes]]:
+    """Takes the processes that Lightning started from its observer, which would kill this one when another rank has failed."""
+    processes: list[subprocess.Popen[bytes]] = []
     for thread in threading.enumerate():
         if isinstance(thread, _ChildProcessObserver):
+            processes += thread._child_processes
             thread._child_processes = []
+    return processes
 
 
 def _plain(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import sys
 import tempfile
 import warnings
@@ -174,6 +175,5 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    from tests import matrix  # by its name, under which the processes find it
-
-    print(matrix.table())
+    # By its name, under which the processes find its functions.
+    print(importlib.import_module("tests.matrix").table())

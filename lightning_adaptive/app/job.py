@@ -61,22 +61,35 @@ def run(command: str, task: Callable[[DictConfig, Signals], float | None], confi
         config: the composed config.
     """
     os.environ.pop("HYDRA_FULL_ERROR", None)
-    with _as_lightning_expects(command), Signals() as signals:
+    with Signals() as signals, _as_lightning_expects(command):
         try:
             return task(config, signals)
         except Interrupted as stop:
-            _say(str(stop))
+            if stop.checkpoint is None or _is_first():
+                _say(str(stop))
             sys.exit(stop.exit_code)
         except UserError as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
+                os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then lets it pass to the command line, which shows its text
                 raise
             _say(f"lightning-adaptive: {error}")
             sys.exit(error.exit_code)
+        except Exception as error:
+            signum = signals.cause()
+            if not signum:
+                raise
+            # What followed from a signal that this process, or one that it started, could not save for.
+            _say(f"{Interrupted(signum)} ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
+            sys.exit(128 + signum)
+
+
+def _is_first() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _say(message: str) -> None:
-    rank = os.environ.get("LOCAL_RANK", "0")
-    print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr, flush=True)  # noqa: T201
+    rank = "" if _is_first() else f"[rank {os.environ['LOCAL_RANK']}] "
+    print(f"{rank}{message}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +33,18 @@ class StopTogether(Callback):
         self._group: dist.ProcessGroup | None = None
         self._pending: tuple[Tensor, dist.Work] | None = None
         self._step = 0
+        signals.take_processes = strategies.take_processes
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._signals.install()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._signals.install()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")
         self._step = trainer.global_step
-        self._signals.end_processes = functools.partial(strategies.end_processes, trainer)
         self._signals.install()
         self._signals.armed = True
 
@@ -59,6 +64,8 @@ class StopTogether(Callback):
         self._signals.armed = False
         if signum:
             self._stop(trainer, signum)
+        if self._signals.received:
+            raise Interrupted(self._signals.received)  # it came after the processes had last asked
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._signals.armed = False
@@ -80,6 +87,6 @@ class StopTogether(Callback):
         return int(flag.item())
 
     def _stop(self, trainer: Trainer, signum: int) -> None:
-        strategies.stop_watching_processes()
-        trainer.save_checkpoint(self._checkpoint)
+        self._signals.agreed = True
+        trainer.save_checkpoint(self._checkpoint, weights_only=False)
         raise Interrupted(signum, self._checkpoint)
