@@ -65,6 +65,12 @@ class ScheduleLR(LambdaLR):
         factor = self.factor(step)
         return [group["initial_lr"] * factor for group in self.optimizer.param_groups]
 
+    def refresh(self) -> None:
+        """Gives the groups the learning rates of this step anew, after their base values were changed."""
+        for group, lr in zip(self.optimizer.param_groups, self.lrs_at(self.last_epoch), strict=True):
+            group["lr"] = lr
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.last_epoch}
 
@@ -114,7 +120,7 @@ def build(
             schedule cannot be counted.
         ConfigTypeError: when a factory returns something else.
     """
-    built, notes = _optimizer(optimizer, partition, tensors)
+    built, notes = build_optimizer(optimizer, partition, tensors)
     return Phase(built, _scheduler(scheduler, built, clock), notes)
 
 
@@ -149,7 +155,10 @@ def _tensors(state: Any) -> Iterable[Tensor]:
             yield from _tensors(value)
 
 
-def _optimizer(factory: OptimizerFactory, partition: Partition, tensors: Mapping[str, Tensor]) -> tuple[Optimizer, tuple[str, ...]]:
+def build_optimizer(
+    factory: OptimizerFactory, partition: Partition, tensors: Mapping[str, Tensor]
+) -> tuple[Optimizer, tuple[str, ...]]:
+    """Builds a phase's optimizer alone, with lines about what was decided; arguments and errors as of `build`."""
     lists = [[tensors[name] for name in group.parameters] for group in partition]
     if not any(lists):
         raise ConfigError("there is nothing to train: no parameter requires a gradient.", "optimizer")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,13 +15,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_adaptive import phases, strategies
+from lightning_adaptive import phases, settings, strategies
 from lightning_adaptive.durations import Clock, Duration
 from lightning_adaptive.errors import CheckpointError, ConfigError, ConfigTypeError
 from lightning_adaptive.handover import Handover
 from lightning_adaptive.param_groups import Group, Inherit, ParamGroups, Partition, extend, named_tensors, record
 from lightning_adaptive.phases import OptimizerFactory, Phase, SchedulerConfig, SchedulerFactory
 from lightning_adaptive.schedules import Schedule
+from lightning_adaptive.settings import Settings
+
+_POLICIES = ("error", "config", "checkpoint")
 
 STATE_VERSION = 1
 """Version of the callback's saved state; CONTRIBUTING.md says what happens when it changes."""
@@ -35,12 +39,16 @@ class SwitchState:
         first_step: 0-based global step at which it began.
         optimizer: class name of its optimizer, for messages; nothing is imported by it.
         partition: its parameter groups by name.
+        shapes: shape of each whole parameter of the groups.
+        settings: what the run was configured with, to tell a resumed run what has changed.
     """
 
     phase: int = 0
     first_step: int = 0
     optimizer: str = ""
     partition: Partition = ()
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    settings: Settings = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, so that a checkpoint loads with ``weights_only=True``."""
@@ -51,6 +59,8 @@ class SwitchState:
             "first_step": self.first_step,
             "optimizer": self.optimizer,
             "partition": groups,
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "settings": dict(self.settings),
         }
 
     @classmethod
@@ -76,11 +86,13 @@ class SwitchState:
                 )
                 for group in state["partition"]
             )
-        except (KeyError, TypeError, ValueError) as error:
+            shapes = {str(name): tuple(int(size) for size in shape) for name, shape in state["shapes"].items()}
+            settings = {str(key): value for key, value in state["settings"].items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the switch's state in the checkpoint is damaged: {error!r}.") from error
         if phase < 0 or first_step < 0:
             raise CheckpointError(f"the switch's state in the checkpoint is damaged: phase {phase}, first step {first_step}.")
-        return cls(phase, first_step, str(state.get("optimizer", "")), partition)
+        return cls(phase, first_step, str(state.get("optimizer", "")), partition, shapes, settings)
 
 
 class PlannedPhase(NamedTuple):
@@ -113,7 +125,10 @@ class OptimizerSwitchCallback(Callback):
         gradient_clip_val: the Trainer's value from the switch on; ``"keep"`` leaves it, ``None`` ends clipping. The Trainer's
             own value is set back when training ends.
         optimizer_index: not available yet; 0.
-        on_resume: not available yet; ``"error"``.
+        on_resume: what holds when a run resumes with other settings than those of the checkpoint (optimizer, schedule, moments,
+            groups, accumulation, steps). ``"error"`` says them and ends the run; ``"config"`` gives the running optimizer this
+            run's options; ``"checkpoint"`` leaves it those of the checkpoint. Both say what differs, and everything that is not
+            an option of the running optimizer is this run's. A class or parameters that do not fit are always an error.
         dry_run: not available yet; ``False``.
         enabled: ``False`` makes the callback do nothing.
 
@@ -141,7 +156,7 @@ class OptimizerSwitchCallback(Callback):
         then: OptimizerSwitchCallback | None = None,
         gradient_clip_val: Literal["keep"] | float | None = "keep",
         optimizer_index: int = 0,
-        on_resume: Literal["error"] = "error",
+        on_resume: Literal["error", "config", "checkpoint"] = "error",
         dry_run: bool = False,
         enabled: bool = True,
     ) -> None:
@@ -154,11 +169,16 @@ class OptimizerSwitchCallback(Callback):
         self._moments: tuple[int, ...] = ()
         self._trainer_clip_val: float | None = None
         self._stop_reading: Callable[[], None] | None = None
+        self._saved: SwitchState | None = None
+        self._first: Settings = {}
+        self._options: list[dict[str, Any]] = []
         if not enabled:
             return
         _refuse("when", when, None)
         _refuse("optimizer_index", optimizer_index, 0)
-        _refuse("on_resume", on_resume, "error")
+        if on_resume not in _POLICIES:
+            raise ConfigError(f"{on_resume!r} is no policy. Write {', '.join(map(repr, _POLICIES))}.", "on_resume")
+        self.on_resume = on_resume
         _refuse("dry_run", dry_run, False)
         if at is None:
             raise ConfigError("a switch needs its moment: 5ep (epochs), 5st (optimizer steps) or 5% (of training).", "at")
@@ -214,20 +234,31 @@ class OptimizerSwitchCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.enabled:
+            if self._state.phase:
+                raise CheckpointError(
+                    f"the checkpoint was written in phase {self._state.phase} ({self._state.optimizer}, from step "
+                    f"{self._state.first_step}), but this run has no switch. Resume with the switch of the run that wrote it."
+                )
             return
         placement = strategies.placement(trainer)
         placement.check()
         partition = record(placement.groups, strategies.parameter_names(pl_module))
         self._tensors = {**named_tensors(placement.groups, partition), **strategies.parameters(pl_module)}
         self._trainer_clip_val = trainer.gradient_clip_val
+        scheduler = trainer.lr_scheduler_configs[0].scheduler if trainer.lr_scheduler_configs else None
+        first_schedule = {"scheduler": phases.describe_schedule(scheduler)}
+        self._first = {**settings.of_optimizer(placement.optimizer, "optimizer"), **first_schedule}
+        self._options = _options(placement.optimizer)
+        name, shapes = type(placement.optimizer).__name__, strategies.full_shapes(trainer)
         if self._state.phase == 0:
-            self._state = replace(self._state, optimizer=type(placement.optimizer).__name__, partition=partition)
+            self._state = SwitchState(optimizer=name, partition=partition, shapes=shapes)
+            self._check_fit()
         else:
-            self._restore_phase(trainer)
+            self._restore_phase(trainer, shapes)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.enabled:
-            self._moments = tuple(planned.first_step for planned in self.planned(trainer))
+            self._plan(trainer)
             self._log_phase(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -244,7 +275,7 @@ class OptimizerSwitchCallback(Callback):
         return self._state.to_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._state = SwitchState.from_dict(state_dict)
+        self._state = self._saved = SwitchState.from_dict(state_dict)
 
     # What is known before training
 
@@ -264,7 +295,7 @@ class OptimizerSwitchCallback(Callback):
                 phase = phases.build(switch.optimizer, switch.scheduler, partition, self._tensors, phase_clock)
                 placement.check_next(phase.optimizer, switch.gradient_clip_val)
             except ConfigError as error:
-                raise error.within(".".join(("switch", *["then"] * index))) from None
+                raise error.within(_key(index)) from None
             yield PlannedPhase(moment, f"at={switch.at}", phase)
             previous = moment
 
@@ -285,6 +316,40 @@ class OptimizerSwitchCallback(Callback):
             return running
         parameters = strategies.parameters(trainer.lightning_module)
         return self.param_groups.partition(name for name, tensor in parameters.items() if tensor.requires_grad)
+
+    def _plan(self, trainer: Trainer) -> None:
+        """Fixes the moments, and settles with the checkpoint what this run is configured with."""
+        clock = strategies.clock(trainer)
+        now = dict(self._first)
+        for index, switch in enumerate(self.chain[: self.phase]):
+            partition = switch._partition(self._state.partition, trainer)
+            now |= switch._settings(index, phases.build_optimizer(switch.optimizer, partition, self._tensors)[0])
+        moments = []
+        for index, planned in enumerate(self.planned(trainer), start=self.phase):
+            moments.append(planned.first_step)
+            now |= self.chain[index]._settings(index, planned.phase.optimizer)
+        now |= {
+            "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "steps of an epoch": clock.steps_per_epoch,
+            "steps of the training": clock.total_steps,
+            "seed": os.environ.get("PL_GLOBAL_SEED"),
+        }
+        if self._saved is not None:
+            self._settle(trainer, settings.changes(self._saved.settings, now))
+            self._saved = None
+        self._moments = tuple(moments)
+        self._state = replace(self._state, settings=now)
+
+    def _settings(self, index: int, optimizer: Optimizer) -> Settings:
+        key = _key(index)
+        return {
+            f"{key}.at": str(self.at),
+            **settings.of_optimizer(optimizer, f"{key}.optimizer"),
+            f"{key}.scheduler": settings.of_scheduler(self.scheduler),
+            f"{key}.param_groups": repr(self.param_groups),
+            f"{key}.handover": repr(self.handover),
+            f"{key}.gradient_clip_val": self.gradient_clip_val,
+        }
 
     # The switch, in its order: ask, build, exchange, announce
 
@@ -316,7 +381,8 @@ class OptimizerSwitchCallback(Callback):
         partition = switch._partition(extend(self._state.partition, running), trainer)
         clock = strategies.clock(trainer, first_step=step)
         phase = phases.build(switch.optimizer, switch.scheduler, partition, self._tensors, clock)
-        return phase, SwitchState(self.phase + 1, step, type(phase.optimizer).__name__, partition)
+        name = type(phase.optimizer).__name__
+        return phase, replace(self._state, phase=self.phase + 1, first_step=step, optimizer=name, partition=partition)
 
     def _exchange(self, trainer: Trainer, phase: Phase, state: SwitchState) -> None:
         """Puts optimizer, schedule, state and clipping in place, all or nothing."""
@@ -345,12 +411,52 @@ class OptimizerSwitchCallback(Callback):
     def _read(self, trainer: Trainer, metadata: Mapping[str, Any]) -> None:
         """On a strategy that restores late: puts the phase in place that wrote the checkpoint, before its state is loaded."""
         state = metadata.get("callbacks", {}).get(self.state_key)
-        if state is not None and self._tensors:
-            self._state = SwitchState.from_dict(state)
-            if self._state.phase:
-                self._restore_phase(trainer)
+        if state is None or not self._tensors:
+            return
+        now, self._saved = self._state, SwitchState.from_dict(state)
+        if self._saved.phase:
+            self._state = self._saved
+            self._restore_phase(trainer, now.shapes)
+        else:
+            self._check_fit()
 
-    def _restore_phase(self, trainer: Trainer) -> None:
+    def _check_fit(self) -> None:
+        """Refuses a checkpoint of the first phase that another optimizer wrote, or for other parameters."""
+        now, saved = self._state, self._saved
+        if saved is None:
+            return
+        if now.optimizer != saved.optimizer:
+            raise CheckpointError(
+                f"the checkpoint's first phase was stepped by {saved.optimizer}, this run's by {now.optimizer}. Resume with the "
+                f"optimizer of the run that wrote it; to change it, let a switch lead from {saved.optimizer} to {now.optimizer}."
+            )
+        names, saved_names = ({name for group in state.partition for name in group.parameters} for state in (now, saved))
+        self._refuse_other_parameters(names, saved_names, saved)
+
+    def _refuse_other_parameters(self, names: set[str], saved_names: set[str], saved: SwitchState) -> None:
+        for difference, where in ((saved_names - names, "the checkpoint"), (names - saved_names, "this run")):
+            if difference:
+                shown = ", ".join(sorted(difference)[:3]) + (", ..." if len(difference) > 3 else "")
+                raise CheckpointError(f"{len(difference)} parameters are optimized in {where} only: {shown}.")
+        for name, shape in self._state.shapes.items():
+            if name in saved_names and saved.shapes.get(name, shape) != shape:
+                raise CheckpointError(f"{name} has shape {saved.shapes[name]} in the checkpoint and {shape} in this run.")
+
+    def _settle(self, trainer: Trainer, changes: list[settings.Change]) -> None:
+        """Obeys `on_resume` for what this run is configured with otherwise than the checkpoint's; a seed is only said."""
+        if not changes:
+            return
+        listed = settings.listed(changes)
+        if self.on_resume == "error" and any(change.key != "seed" for change in changes):
+            raise CheckpointError(
+                f"this run is configured otherwise than the one that wrote the checkpoint:\n{listed}\n"
+                "Say which options the running optimizer goes on with: switch.on_resume=config or switch.on_resume=checkpoint."
+            )
+        rank_zero_info(f"RESUMED with other settings (on_resume={self.on_resume}):\n{listed}")
+        if self.on_resume == "config":
+            _impose_options(trainer, self._options)
+
+    def _restore_phase(self, trainer: Trainer, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Builds and installs the phase that a checkpoint, or an earlier fit of this trainer, had reached."""
         state, phase_count = self._state, len(self.chain)
         if state.phase > phase_count:
@@ -367,7 +473,17 @@ class OptimizerSwitchCallback(Callback):
         switch = self.chain[state.phase - 1]
         clock = strategies.clock(trainer, first_step=state.first_step)
         phase = phases.build(switch.optimizer, switch.scheduler, state.partition, self._tensors, clock)
-        self._exchange(trainer, phase, state)
+        name = type(phase.optimizer).__name__
+        if name != state.optimizer:
+            raise CheckpointError(
+                f"the checkpoint's phase {state.phase} was stepped by {state.optimizer}, but {_key(state.phase - 1)}.optimizer is "
+                f"{name} in this run. Resume with the optimizer of the run that wrote it, and let switch.then lead to another."
+            )
+        self._state = replace(state, shapes=shapes)
+        recorded = {name for group in state.partition for name in group.parameters}
+        self._refuse_other_parameters(recorded, recorded, state)
+        self._options = _options(phase.optimizer)
+        self._exchange(trainer, phase, self._state)
 
     def _clip_val(self) -> float | None:
         values = [switch.gradient_clip_val for switch in self.chain[: self.phase] if switch.gradient_clip_val != "keep"]
@@ -386,6 +502,30 @@ def find_switch(trainer: Trainer) -> OptimizerSwitchCallback | None:
     """The trainer's enabled switch, if it has one."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return next((callback for callback in callbacks if isinstance(callback, OptimizerSwitchCallback) and callback.enabled), None)
+
+
+def _key(index: int) -> str:
+    """The key of a switch in the chain, as a user types it: ``switch``, ``switch.then``, ..."""
+    return ".".join(("switch", *["then"] * index))
+
+
+def _options(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The options of each group."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+
+def _impose_options(trainer: Trainer, options: list[dict[str, Any]]) -> None:
+    """Gives the running optimizer these options instead of those that it was restored with."""
+    optimizer = strategies.placement(trainer).optimizer
+    for group, fresh in zip(optimizer.param_groups, options, strict=True):
+        factor = group["lr"] / group["initial_lr"] if group.get("initial_lr") else 1.0
+        group.update(fresh)
+        group["lr"] = group.get("initial_lr", group["lr"]) * factor
+    for config in trainer.lr_scheduler_configs:
+        if isinstance(config.scheduler, phases.ScheduleLR):
+            config.scheduler.refresh()
+        else:
+            config.scheduler.base_lrs = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
 
 
 def _refuse(option: str, value: Any, default: Any, shown: str = "") -> None:

@@ -5,6 +5,8 @@ The loader does not shuffle and the net draws nothing at random, so that only th
 
 from __future__ import annotations
 
+import copy
+import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,7 +24,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from torch.optim import LBFGS, SGD, AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
-from lightning_adaptive import CheckpointError, Cosine, OptimizerSwitchCallback, StepDecay, attach, strategies
+from lightning_adaptive import CheckpointError, Clock, Cosine, OptimizerSwitchCallback, StepDecay, attach, strategies
 from tests.pair import Pair
 from tests.support import Net, ValidatedNet, counted_steps, digest, loader, trainer
 
@@ -324,6 +326,9 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path) -> None:
             {"partition": [{"name": None, "parameters": ["gone"], "lr_ratio": 1.0, "no_decay": False}]},
             "the checkpoint's SGD holds 1 parameters that the model does not have: gone.",
         ),
+        ({"optimizer": "RMSprop"}, "the checkpoint's phase 1 was stepped by RMSprop, but switch.optimizer is SGD in this run. "),
+        ({"shapes": {"net.0.bias": [3]}}, "net.0.bias has shape (3,) in the checkpoint and (32,) in this run."),
+        ({"settings": 3}, "the switch's state in the checkpoint is damaged: AttributeError("),
     ],
 )
 def test_damaged_state_is_refused_before_it_is_used(field_and_value: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -361,6 +366,24 @@ def test_every_field_of_the_state_survives(tmp_path: Path) -> None:
                 "no_decay": False,
             }
         ],
+        "shapes": {"net.0.weight": [32, 16], "net.0.bias": [32], "net.2.weight": [4, 32], "net.2.bias": [4]},
+        "settings": {
+            "optimizer": "Adam",
+            "optimizer.lr": 0.01,
+            "scheduler": "constant",
+            "switch.at": "2ep",
+            "switch.optimizer": "SGD",
+            "switch.optimizer.lr": 0.1,
+            "switch.optimizer.momentum": 0.9,
+            "switch.scheduler": "constant",
+            "switch.param_groups": "Inherit()",
+            "switch.handover": "Handover(lr='own', momentum='zero', weight_decay='own')",
+            "switch.gradient_clip_val": "keep",
+            "trainer.accumulate_grad_batches": 1,
+            "steps of an epoch": 8,
+            "steps of the training": 48,
+            "seed": "1",
+        },
     }
     callback = OptimizerSwitchCallback(at="2ep", optimizer=TO_SGD)
     callback.load_state_dict(state)
@@ -372,3 +395,116 @@ def test_the_weights_of_a_switched_checkpoint_load_without_the_package(tmp_path:
     shutil.copy(tmp_path / "epoch5.ckpt", tmp_path / "weights.ckpt")
     model = Net.load_from_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
     assert digest(model) == run(CASES["epoch"], tmp_path / "again")[0]
+
+
+def resumed(folder: Path, epoch: int, **run_options: Any) -> Trainer:
+    """Resumes the checkpoint of an epoch of the case "epoch" with other settings, and returns the trainer."""
+    options = {"max_epochs": EPOCHS, **run_options.pop("trainer", {})}
+    switch = to_sgd(**run_options.pop("switch", {}))
+    seed_everything(1, verbose=False)
+    runner = trainer(callbacks=[switch], **options)
+    runner.fit(run_options.pop("model", None) or Net(), loader(), ckpt_path=folder / f"epoch{epoch}.ckpt", weights_only=True)
+    return runner
+
+
+@pytest.mark.parametrize(
+    ("epoch", "changed", "line"),
+    [
+        (0, {"model": Net(lr=0.02)}, "optimizer.lr: 0.01 in the checkpoint, 0.02 in this run"),
+        (3, {"switch": {"optimizer": partial(SGD, lr=0.05, momentum=0.9)}}, "switch.optimizer.lr: 0.1 in the checkpoint, 0.05 in "),
+        (
+            3,
+            {"switch": {"optimizer": partial(SGD, lr=0.1)}},
+            "switch.optimizer.momentum: 0.9 in the checkpoint, default in this ",
+        ),
+        (3, {"switch": {"scheduler": Cosine()}}, "switch.scheduler: constant in the checkpoint, cosine in this run"),
+        (0, {"switch": {"at": "3ep"}}, "switch.at: 2ep in the checkpoint, 3ep in this run"),
+        (0, {"trainer": {"accumulate_grad_batches": 2}}, "trainer.accumulate_grad_batches: 1 in the checkpoint, 2 in this run"),
+        (3, {"trainer": {"max_epochs": 7}}, "steps of the training: 48 in the checkpoint, 56 in this run"),
+        (3, {"trainer": {"limit_train_batches": 4}}, "steps of an epoch: 8 in the checkpoint, 4 in this run"),
+    ],
+)
+def test_other_settings_are_said_and_end_the_run_unless_a_policy_is_given(
+    epoch: int, changed: dict[str, Any], line: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(CASES["epoch"], tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with counted_steps() as counts, pytest.raises(CheckpointError) as caught:
+        resumed(tmp_path, epoch, **copy.deepcopy(changed))
+    assert line in str(caught.value)
+    assert str(caught.value).endswith("switch.on_resume=config or switch.on_resume=checkpoint.")
+    assert counts == {}
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    for policy in ("config", "checkpoint"):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            resumed(tmp_path, epoch, **{**copy.deepcopy(changed), "switch": {**changed.get("switch", {}), "on_resume": policy}})
+        assert f"RESUMED with other settings (on_resume={policy}):\n" in caplog.text
+        assert line in caplog.text
+
+
+def test_the_policy_decides_which_options_the_running_optimizer_goes_on_with(tmp_path: Path) -> None:
+    run(CASES["epoch"], tmp_path)
+    other = {"optimizer": partial(SGD, lr=0.05, momentum=0.8, weight_decay=0.1)}
+    for policy, expected in (("config", (0.05, 0.8, 0.1)), ("checkpoint", (0.1, 0.9, 0))):
+        [group] = resumed(tmp_path, 3, switch={**other, "on_resume": policy}).optimizers[0].param_groups
+        assert (group["lr"], group["momentum"], group["weight_decay"]) == expected
+    [group] = resumed(tmp_path, 0, model=Net(lr=0.02), switch={"at": "40st", "on_resume": "config"}).optimizers[0].param_groups
+    assert group["lr"] == 0.1  # the first phase went on with 0.02, and SGD is as configured
+
+
+def test_the_config_policy_keeps_the_place_in_the_schedule(tmp_path: Path) -> None:
+    scheduled = Case(partial(to_sgd, scheduler=Cosine()), at=2, scheduled=False)
+    run(scheduled, tmp_path)
+    seen: list[float] = []
+
+    class See(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+            seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    sgd = partial(SGD, lr=0.2, momentum=0.9)
+    switch = to_sgd(optimizer=sgd, scheduler=Cosine(), on_resume="config")
+    trainer(max_epochs=EPOCHS, callbacks=[switch, See()]).fit(
+        Net(), loader(), ckpt_path=tmp_path / "epoch3.ckpt", weights_only=True
+    )
+    factor = Cosine()(Clock(steps_per_epoch=8, total_steps=48, first_step=16))
+    assert seen == [0.2 * factor(step) for step in range(16, 32)]
+
+
+def test_another_class_or_other_parameters_are_an_error_under_every_policy(tmp_path: Path) -> None:
+    class Other(Net):
+        def configure_optimizers(self) -> Any:
+            return AdamW(self.parameters(), lr=1e-2)
+
+    class Head(Net):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(self.net[2].parameters(), lr=1e-2)
+
+    run(CASES["epoch"], tmp_path)
+    for policy in ("error", "config", "checkpoint"):
+        with pytest.raises(CheckpointError, match=r"^the checkpoint's first phase was stepped by Adam, this run's by AdamW\. "):
+            resumed(tmp_path, 0, model=Other(), switch={"on_resume": policy})
+        with pytest.raises(CheckpointError, match=r"^2 parameters are optimized in the checkpoint only: net\.0\.bias, net\."):
+            resumed(tmp_path, 0, model=Head(), switch={"on_resume": policy})
+        with pytest.raises(CheckpointError, match=r"^the checkpoint's phase 1 was stepped by SGD, but switch\.optimizer is AdamW "):
+            resumed(tmp_path, 3, switch={"optimizer": partial(AdamW, lr=1e-3), "on_resume": policy})
+
+
+def test_a_switched_checkpoint_is_refused_by_a_run_whose_switch_is_disabled(tmp_path: Path) -> None:
+    run(CASES["epoch"], tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        resumed(tmp_path, 3, switch={"enabled": False})
+    assert str(caught.value) == (
+        "the checkpoint was written in phase 1 (SGD, from step 16), but this run has no switch. "
+        "Resume with the switch of the run that wrote it."
+    )
+
+
+@pytest.mark.parametrize(("at", "first_sgd_step"), [("1ep", 24), ("4ep", 32)])
+def test_a_checkpoint_from_before_the_callback_was_used_switches_now_or_later(at: str, first_sgd_step: int, tmp_path: Path) -> None:
+    """The most common manual workflow: go on with an Adam run in SGD."""
+    saver = ModelCheckpoint(tmp_path, filename="epoch{epoch}", auto_insert_metric_name=False, save_top_k=-1)
+    trainer(max_epochs=3, callbacks=[saver], enable_checkpointing=True).fit(Net(), loader())
+    with counted_steps() as counts:
+        resumed(tmp_path, 2, switch={"at": at})
+    assert counts == +Counter({"Adam": first_sgd_step - 24, "SGD": 48 - first_sgd_step})

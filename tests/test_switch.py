@@ -420,7 +420,7 @@ def test_a_loader_without_length_counts_in_steps() -> None:
         ),
         ({"when": "plateau"}, ValueError, "when: 'plateau' is not available yet."),
         ({"optimizer_index": 1}, ValueError, "optimizer_index: 1 is not available yet."),
-        ({"on_resume": "config"}, ValueError, "on_resume: 'config' is not available yet."),
+        ({"on_resume": "both"}, ValueError, "on_resume: 'both' is no policy. Write 'error', 'config', 'checkpoint'."),
         ({"dry_run": True}, ValueError, "dry_run: True is not available yet."),
         ({"scheduler": "continue"}, ValueError, "scheduler: 'continue' is not available yet."),
         (

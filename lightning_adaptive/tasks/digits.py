@@ -89,6 +89,18 @@ class DigitsNet(LightningModule):
         self.val_metrics = metrics.clone(prefix="val/")
         self.test_metrics = metrics.clone(prefix="test/")
 
+    def configure_model(self) -> None:
+        """Shards the layers under Lightning's ``ModelParallelStrategy`` (FSDP2); nothing elsewhere."""
+        if self.device_mesh is None:
+            return
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = self.device_mesh["data_parallel"]
+        for layer in self.net:
+            if any(True for _ in layer.parameters()):
+                fully_shard(layer, mesh=mesh)
+        fully_shard(self.net, mesh=mesh)
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits of shape ``(batch, 10)`` from images of shape ``(batch, 1, 8, 8)``."""
         return self.net(images)
