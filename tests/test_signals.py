@@ -165,9 +165,17 @@ def resume(start: Callable[..., Command], checkpoint: Path, *arguments: str) -> 
     return check
 
 
-def test_a_signal_to_one_process_saves_a_checkpoint_that_resumes(start: Callable[..., Command]) -> None:
-    cases = [(target, signum) for target in ("rank 0", "group") for signum in (signal.SIGINT, signal.SIGTERM)]
-    # Side by side, since most of the time is spent on imports; with workers, which a signal to the group must not end.
+@pytest.mark.parametrize(
+    "cases",
+    [
+        pytest.param([("rank 0", signal.SIGINT), ("group", signal.SIGTERM)]),
+        pytest.param([("rank 0", signal.SIGTERM), ("group", signal.SIGINT)], marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_to_one_process_saves_a_checkpoint_that_resumes(
+    start: Callable[..., Command], cases: list[tuple[str, signal.Signals]]
+) -> None:
+    # Side by side, since most of the time is spent on imports; with a worker, which a signal to the group must not end.
     commands = [start(*LONG, f"task.data.num_workers={1 if target == 'group' else 0}") for target, _ in cases]
     for command, (target, signum) in zip(commands, cases, strict=True):
         command.wait_for(TRAINING)
@@ -202,7 +210,6 @@ def test_a_signal_to_ddp_saves_a_checkpoint_that_resumes(
 @pytest.mark.parametrize(
     ("processes", "target", "signum"),
     [
-        ([], "rank 0", signal.SIGINT),
         ([], "rank 0", signal.SIGTERM),
         (PAIR, "rank 0", signal.SIGINT),
         (PAIR, "rank 1", signal.SIGTERM),
@@ -228,7 +235,6 @@ def test_a_second_signal_ends_at_once(
 @pytest.mark.parametrize(
     ("processes", "target", "signum", "place"),
     [
-        ([], "rank 0", signal.SIGINT, "setup"),
         ([], "rank 0", signal.SIGTERM, "test"),
         (PAIR, "rank 0", signal.SIGTERM, "setup"),
         (PAIR, "rank 1", signal.SIGTERM, "test"),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -67,7 +67,7 @@ def run(command: str, task: Callable[[DictConfig, Signals], float | None], confi
         except Interrupted as stop:
             if stop.checkpoint is None or _is_first():
                 _say(str(stop))
-            sys.exit(stop.exit_code)
+            _exit(stop.exit_code)
         except UserError as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then lets it pass to the command line, which shows its text
@@ -80,11 +80,19 @@ def run(command: str, task: Callable[[DictConfig, Signals], float | None], confi
                 raise
             # What followed from a signal that this process, or one that it started, could not save for.
             _say(f"{Interrupted(signum)} ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
-            sys.exit(128 + signum)
+            _exit(128 + signum)
 
 
 def _is_first() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _exit(code: int) -> NoReturn:
+    if not _is_first():
+        # Python closes connections a second before it ends; the first process, which they tell, asks for this exit code then.
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _say(message: str) -> None:
