@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning
 import torch
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -31,6 +32,7 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
 )
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -39,6 +41,19 @@ from lightning_adaptive.durations import Clock
 from lightning_adaptive.errors import CheckpointError, ConfigError
 
 _ACCUMULATE = "trainer.accumulate_grad_batches"
+
+
+SEEN = ("2.6",)
+"""Minor versions of Lightning on which the private names of this file were seen to hold."""
+
+
+def warn_if_unseen() -> None:
+    """Says so when this version of Lightning was never tested."""
+    if not lightning.__version__.startswith(tuple(f"{minor}." for minor in SEEN)):
+        rank_zero_warn(
+            f"lightning {lightning.__version__} was never tested with lightning-adaptive (tested: {', '.join(SEEN)}). "
+            "If a switch fails, lightning_adaptive/strategies.py is where its names are used."
+        )
 
 
 def placement(trainer: Trainer) -> Plain:

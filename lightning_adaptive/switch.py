@@ -223,6 +223,7 @@ class OptimizerSwitchCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit" or not self.enabled:
             return
+        strategies.warn_if_unseen()
         # First, so that a monitor of learning rates sees the new one at the first new step; a new list, because Lightning
         # iterates over the old one.
         others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]

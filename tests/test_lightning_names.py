@@ -1,4 +1,4 @@
-"""The private names of Lightning that the package uses, each with a test; seen on the versions in `SEEN`.
+"""The private names of Lightning that the package uses, each with a test; seen on the versions in `strategies.SEEN`.
 
 When one of these fails on a new version, ``lightning_adaptive/strategies.py`` is the only file to mend.
 """
@@ -7,24 +7,69 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning
+import pytest
 import torch
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.optim import SGD
 
+from lightning_adaptive.strategies import SEEN, read_metadata, warn_if_unseen
+from tests.cpu_strategies import STRATEGIES, ShardableNet
+from tests.pair import Pair
 from tests.support import ROOT, Net, loader, trainer
-
-SEEN = ("2.6",)
 
 
 def test_this_version_was_seen() -> None:
     assert lightning.__version__.startswith(SEEN)
+
+
+def test_a_version_that_was_never_seen_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lightning, "__version__", "2.60.0")
+    with pytest.warns(UserWarning, match=r"^lightning 2\.60\.0 was never tested with lightning-adaptive \(tested: 2\.6\)\."):
+        warn_if_unseen()
+
+
+def test_metadata_of_a_sharded_folder_lies_where_it_is_read(pair: Pair, tmp_path: Path) -> None:
+    assert pair.run(saved_folders, tmp_path) == [{"fsdp sharded": True, "fsdp2 sharded": True, "deepspeed 2": True}] * 2
+
+
+def saved_folders(folder: Path) -> dict[str, bool]:
+    warnings.simplefilter("ignore")
+    found = {}
+    for name in ("fsdp sharded", "fsdp2 sharded", "deepspeed 2"):
+        saver = ModelCheckpoint(folder / name, filename="saved")
+        runner = trainer(strategy=STRATEGIES[name](), devices=2, max_epochs=1, callbacks=[saver], enable_checkpointing=True)
+        runner.fit(ShardableNet(), loader())
+        metadata = read_metadata(folder / name / "saved.ckpt")
+        found[name] = {"epoch", "global_step", "loops", "callbacks"} <= metadata.keys() and "state_dict" not in metadata
+    return found
+
+
+def test_names_of_deepspeed(pair: Pair) -> None:
+    assert pair.run(deepspeed_names) == [[]] * 2
+
+
+def deepspeed_names() -> list[str]:
+    """Those that are missing."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    names: dict[Any, list[str]] = {
+        DeepSpeedEngine: ["_configure_optimizer", "client_optimizer"],
+        DeepSpeedZeroOptimizer: ["destroy", "bit16_groups", "single_partition_of_fp32_groups"],
+        DeepSpeedZeroOptimizer_Stage3: ["destroy", "fp16_groups", "fp32_partitioned_groups_flat", "sub_group_to_group_id"],
+    }
+    return [name for owner, owned in names.items() for name in owned if name not in inspect.getsource(owner)]
 
 
 def test_the_loop_steps_the_wrappers_that_only_the_setter_changes() -> None:

@@ -30,7 +30,7 @@ COUNTS = {
     "conf/scheduler": 4,
     "conf/switch": 2,
     "conf/task": 1,
-    "conf/trainer": 4,
+    "conf/trainer": 9,
     "recipes": 1,
 }
 """How many files each folder holds. A new file is entered here, and is then checked by everything below."""
@@ -272,7 +272,8 @@ def test_a_third_phase_is_one_more_override(composed: Any) -> None:
     assert counts == {"Adam": 1, "SGD": 1, "Adagrad": 1}
 
 
-TRAINER_EXCEPTIONS = {} if torch.cuda.is_available() else {"gpu": "no GPU", "ddp": "no GPU"}
+ON_GPUS = ("gpu", "ddp", "fsdp", "fsdp2", "deepspeed_1", "deepspeed_2", "deepspeed_3")
+TRAINER_EXCEPTIONS = {} if torch.cuda.is_available() else dict.fromkeys(ON_GPUS, "no GPU")
 
 
 @pytest.mark.parametrize("name", names("trainer"))
