@@ -56,8 +56,12 @@ def warn_if_unseen() -> None:
         )
 
 
-def placement(trainer: Trainer) -> Plain:
+def placement(trainer: Trainer, index: int = 0) -> Plain:
     """What puts an optimizer onto the trainer's strategy.
+
+    Args:
+        trainer: a trainer that is fitting.
+        index: which of the module's optimizers is meant, under manual optimization.
 
     Raises:
         ConfigError: for a strategy that none of the classes here serves.
@@ -65,7 +69,7 @@ def placement(trainer: Trainer) -> Plain:
     strategy = type(trainer.strategy)
     for base in strategy.__mro__:
         if base in PLACEMENTS:
-            return PLACEMENTS[base](trainer)
+            return PLACEMENTS[base](trainer, index)
     raise ConfigError(
         f"a switch is not available on {strategy.__name__}. Available: {', '.join(base.__name__ for base in PLACEMENTS)}, and what "
         "is derived from them. Another one needs a class of its own in lightning_adaptive/strategies.py, a subclass of Plain.",
@@ -146,12 +150,17 @@ def _flattened_shapes(module: nn.Module, prefix: str) -> dict[str, tuple[int, ..
 class Plain:
     """Puts optimizers onto strategies where Lightning's loop steps a plain one: one process, and DDP in each launcher.
 
+    Under manual optimization one of several is exchanged, and the number of optimizers and schedulers stays: the module counts
+    on it.
+
     Args:
         trainer: a trainer that is fitting.
+        index: which of the module's optimizers is meant.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, index: int = 0) -> None:
         self.trainer = trainer
+        self.index = index
         self.strategy: Any = trainer.strategy
         self._old: tuple[list[Any], list[LRSchedulerConfig]] | None = None
 
@@ -160,20 +169,23 @@ class Plain:
         """The running optimizer of the ecosystem, whose groups hold the options.
 
         Raises:
-            ConfigError: when there is none, or more than one, or optimization is manual.
+            ConfigError: when there is none of this index.
         """
-        optimizers, module = self.strategy.optimizers, self.trainer.lightning_module
-        if not module.automatic_optimization or len(optimizers) > 1:
+        optimizers, name = self.strategy.optimizers, type(self.trainer.lightning_module).__name__
+        if not 0 <= self.index < len(optimizers):
             raise ConfigError(
-                f"{type(module).__name__} has {len(optimizers)} optimizers and "
-                f"{'automatic' if module.automatic_optimization else 'manual'} optimization. "
-                "A switch is available for one optimizer under automatic optimization only, so far.",
-                "optimizer_index",
+                f"{self.index} is none of the {len(optimizers)} optimizers of {name}, counted from 0.", "optimizer_index"
             )
-        optimizer = _unwrapped(optimizers[0]) if optimizers else None
+        optimizer = _unwrapped(optimizers[self.index])
         if not isinstance(optimizer, Optimizer):
-            raise ConfigError(f"{type(module).__name__}.configure_optimizers returned no optimizer.", "optimizer")
+            raise ConfigError(f"{name}.configure_optimizers returned no optimizer.", "optimizer")
         return optimizer
+
+    @property
+    def lr_scheduler(self) -> LRSchedulerConfig | None:
+        """What steps the running optimizer's learning rate, if anything does."""
+        place = self._scheduler_place()
+        return None if place is None else self.strategy.lr_scheduler_configs[place]
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -183,7 +195,7 @@ class Plain:
     @property
     def stepping(self) -> Optimizer:
         """The optimizer whose step Lightning's loop calls, seen where the loop looks it up."""
-        return _unwrapped(self.strategy._lightning_optimizers[0].optimizer)
+        return _unwrapped(self.strategy._lightning_optimizers[self.index].optimizer)
 
     def check(self) -> None:
         """Refuses a strategy whose settings do not allow a switch.
@@ -228,15 +240,24 @@ class Plain:
         """
         self._old = self.strategy.optimizers, self.strategy.lr_scheduler_configs
         _optimizers_to_device([optimizer], self.strategy.root_device)
-        for old in self._old[0]:
-            # Parameters outside the new groups must not keep a gradient that nobody clears.
-            old.zero_grad(set_to_none=True)
-        self._put([optimizer], [LRSchedulerConfig(**lr_scheduler)])
+        # Parameters outside the new groups must not keep a gradient that nobody clears.
+        self._old[0][self.index].zero_grad(set_to_none=True)
+        self._put(_replaced(self._old[0], self.index, optimizer), self._schedulers(LRSchedulerConfig(**lr_scheduler)))
 
     def undo(self) -> None:
         """Puts the old optimizer and scheduler back, however far `install` had come."""
         if self._old is not None:
             self._put(*self._old)
+
+    def _schedulers(self, config: LRSchedulerConfig) -> list[LRSchedulerConfig]:
+        if self.trainer.lightning_module.automatic_optimization:
+            return [config]
+        configs, place = self.strategy.lr_scheduler_configs, self._scheduler_place()
+        return configs if place is None else _replaced(configs, place, config)
+
+    def _scheduler_place(self) -> int | None:
+        configs, running = self.strategy.lr_scheduler_configs, self.optimizer
+        return next((place for place, config in enumerate(configs) if _unwrapped(config.scheduler.optimizer) is running), None)
 
     def _put(self, optimizers: list[Any], lr_scheduler_configs: list[LRSchedulerConfig]) -> None:
         # Only the setter also changes the wrappers that the loop steps; the scheduler would keep the old optimizer alive.
@@ -267,6 +288,11 @@ class DeepSpeed(Plain):
 
     def check_next(self, optimizer: Optimizer, gradient_clip_val: float | Literal["keep"] | None) -> None:
         _refuse_closure(optimizer, self.strategy)
+        if _members(optimizer.param_groups) != _members(self.groups):
+            raise ConfigError(
+                "under DeepSpeed the groups stay as they are, since its fp32 weights lie in their order. Write 'inherit'.",
+                "param_groups",
+            )
         if gradient_clip_val != "keep":
             raise ConfigError(
                 f"{gradient_clip_val!r} cannot be set under DeepSpeed: its config fixes clipping for the whole run. Write 'keep'.",
@@ -325,6 +351,14 @@ def running_optimizer(trainer: Trainer) -> Optimizer:
 
 def _unwrapped(optimizer: Any) -> Any:
     return optimizer if isinstance(optimizer, Optimizer) else getattr(optimizer, "optimizer", optimizer)
+
+
+def _replaced(items: list[Any], index: int, item: Any) -> list[Any]:
+    return [*items[:index], item, *items[index + 1 :]]
+
+
+def _members(groups: list[dict[str, Any]]) -> list[list[int]]:
+    return [[id(tensor) for tensor in group["params"]] for group in groups]
 
 
 def needs_closure(optimizer: Optimizer) -> bool:

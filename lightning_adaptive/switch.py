@@ -124,7 +124,9 @@ class OptimizerSwitchCallback(Callback):
         then: the switch after this one.
         gradient_clip_val: the Trainer's value from the switch on; ``"keep"`` leaves it, ``None`` ends clipping. The Trainer's
             own value is set back when training ends.
-        optimizer_index: not available yet; 0.
+        optimizer_index: which of the module's optimizers is switched, counted from 0. Only manual optimization has several; there
+            a moment is in steps (st), which count every ``step()`` of each of them, and the module steps the schedulers. A module
+            must ask for ``self.optimizers()`` at each step: one that it keeps is the old one. `then` has the same.
         on_resume: what holds when a run resumes with other settings than those of the checkpoint (optimizer, schedule, moments,
             groups, accumulation, steps). ``"error"`` says them and ends the run; ``"config"`` gives the running optimizer this
             run's options; ``"checkpoint"`` leaves it those of the checkpoint. Both say what differs, and everything that is not
@@ -175,7 +177,8 @@ class OptimizerSwitchCallback(Callback):
         if not enabled:
             return
         _refuse("when", when, None)
-        _refuse("optimizer_index", optimizer_index, 0)
+        if isinstance(optimizer_index, bool) or not isinstance(optimizer_index, int) or optimizer_index < 0:
+            raise ConfigTypeError(f"{optimizer_index!r} is no index. Write a whole number from 0 on.", "optimizer_index")
         if on_resume not in _POLICIES:
             raise ConfigError(f"{on_resume!r} is no policy. Write {', '.join(map(repr, _POLICIES))}.", "on_resume")
         self.on_resume = on_resume
@@ -189,6 +192,8 @@ class OptimizerSwitchCallback(Callback):
         self.optimizer = optimizer
         self.scheduler = _default_if_empty(scheduler, None)
         _refuse("scheduler", scheduler == "continue", False, shown="'continue'")
+        if self.then is not None and (self.then.optimizer_index != 0 or self.then.on_resume != "error"):
+            raise ConfigError("optimizer_index and on_resume are given to the first switch, and hold for those after it.", "then")
         self.param_groups = _param_groups(_default_if_empty(param_groups, "inherit"))
         self.handover = Handover.of(_default_if_empty(handover, "own"))
         _check_clip_val(gradient_clip_val)
@@ -241,12 +246,14 @@ class OptimizerSwitchCallback(Callback):
                     f"{self._state.first_step}), but this run has no switch. Resume with the switch of the run that wrote it."
                 )
             return
-        placement = strategies.placement(trainer)
+        placement = strategies.placement(trainer, self.optimizer_index)
         placement.check()
+        if not pl_module.automatic_optimization:
+            self._check_manual(placement)
         partition = record(placement.groups, strategies.parameter_names(pl_module))
         self._tensors = {**named_tensors(placement.groups, partition), **strategies.parameters(pl_module)}
         self._trainer_clip_val = trainer.gradient_clip_val
-        scheduler = trainer.lr_scheduler_configs[0].scheduler if trainer.lr_scheduler_configs else None
+        scheduler = placement.lr_scheduler.scheduler if placement.lr_scheduler else None
         first_schedule = {"scheduler": phases.describe_schedule(scheduler)}
         self._first = {**settings.of_optimizer(placement.optimizer, "optimizer"), **first_schedule}
         self._options = _options(placement.optimizer)
@@ -278,6 +285,29 @@ class OptimizerSwitchCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._state = self._saved = SwitchState.from_dict(state_dict)
 
+    def _check_manual(self, placement: strategies.Plain) -> None:
+        """Refuses what has no meaning where the module steps optimizers and schedulers itself."""
+        for index, switch in enumerate(self.chain):
+            if switch.at.unit != "st":
+                raise ConfigError(
+                    f"{switch.at} cannot be counted under manual optimization, where steps count every step() of each optimizer. "
+                    "Write it in such steps (st).",
+                    f"{_key(index)}.at",
+                )
+            if switch.scheduler is not None and placement.lr_scheduler is None:
+                raise ConfigError(
+                    "the module steps no scheduler for this optimizer, so none can take its place. Leave it out.",
+                    f"{_key(index)}.scheduler",
+                )
+            if not isinstance(switch.param_groups, Inherit):
+                raise ConfigError(
+                    "under manual optimization the groups stay as they are. Write 'inherit'.", f"{_key(index)}.param_groups"
+                )
+            if switch.gradient_clip_val != "keep":
+                raise ConfigError(
+                    "under manual optimization the module clips by itself. Write 'keep'.", f"{_key(index)}.gradient_clip_val"
+                )
+
     # What is known before training
 
     def planned(self, trainer: Trainer) -> Iterator[PlannedPhase]:
@@ -287,7 +317,7 @@ class OptimizerSwitchCallback(Callback):
             ConfigError: for a moment outside the training or not after the one before it, and for a phase that cannot be built.
         """
         partition, previous = self._state.partition, self._state.first_step
-        clock, placement = strategies.clock(trainer), strategies.placement(trainer)
+        clock, placement = strategies.clock(trainer), strategies.placement(trainer, self.optimizer_index)
         for index, switch in enumerate(self.chain[self.phase :], start=self.phase):
             try:
                 moment = switch._moment(clock, previous, is_first=index == 0)
@@ -360,7 +390,7 @@ class OptimizerSwitchCallback(Callback):
 
     def _switch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         switch = self.chain[self.phase]
-        running = strategies.placement(trainer).optimizer
+        running = strategies.placement(trainer, self.optimizer_index).optimizer
         before, freed, old = phases.describe(running), phases.state_bytes(running), weakref.ref(running)
         del running  # or it could not be freed
         phase, state = self._build_next(trainer, pl_module)
@@ -378,7 +408,7 @@ class OptimizerSwitchCallback(Callback):
 
     def _build_next(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Phase, SwitchState]:
         switch, step = self.chain[self.phase], trainer.global_step
-        running = record(strategies.placement(trainer).groups, strategies.parameter_names(pl_module))
+        running = record(strategies.placement(trainer, self.optimizer_index).groups, strategies.parameter_names(pl_module))
         partition = switch._partition(extend(self._state.partition, running), trainer)
         clock = strategies.clock(trainer, first_step=step)
         phase = phases.build(switch.optimizer, switch.scheduler, partition, self._tensors, clock)
@@ -387,7 +417,7 @@ class OptimizerSwitchCallback(Callback):
 
     def _exchange(self, trainer: Trainer, phase: Phase, state: SwitchState) -> None:
         """Puts optimizer, schedule, state and clipping in place, all or nothing."""
-        placement = strategies.placement(trainer)
+        placement = strategies.placement(trainer, self.optimizer_index)
         before = self._state, trainer.gradient_clip_val
         try:
             placement.install(phase.optimizer, phase.lr_scheduler)
@@ -455,7 +485,7 @@ class OptimizerSwitchCallback(Callback):
             )
         rank_zero_info(f"RESUMED with other settings (on_resume={self.on_resume}):\n{listed}")
         if self.on_resume == "config":
-            _impose_options(trainer, self._options)
+            _impose_options(strategies.placement(trainer, self.optimizer_index), self._options)
 
     def _restore_phase(self, trainer: Trainer, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Builds and installs the phase that a checkpoint, or an earlier fit of this trainer, had reached."""
@@ -515,18 +545,19 @@ def _options(optimizer: Optimizer) -> list[dict[str, Any]]:
     return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
 
 
-def _impose_options(trainer: Trainer, options: list[dict[str, Any]]) -> None:
+def _impose_options(placement: strategies.Plain, options: list[dict[str, Any]]) -> None:
     """Gives the running optimizer these options instead of those that it was restored with."""
-    optimizer = strategies.placement(trainer).optimizer
+    optimizer, config = placement.optimizer, placement.lr_scheduler
     for group, fresh in zip(optimizer.param_groups, options, strict=True):
         factor = group["lr"] / group["initial_lr"] if group.get("initial_lr") else 1.0
         group.update(fresh)
         group["lr"] = group.get("initial_lr", group["lr"]) * factor
-    for config in trainer.lr_scheduler_configs:
-        if isinstance(config.scheduler, phases.ScheduleLR):
-            config.scheduler.refresh()
-        else:
-            config.scheduler.base_lrs = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+    if config is None:
+        return
+    if isinstance(config.scheduler, phases.ScheduleLR):
+        config.scheduler.refresh()
+    else:
+        config.scheduler.base_lrs = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
 
 
 def _refuse(option: str, value: Any, default: Any, shown: str = "") -> None:

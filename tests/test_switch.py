@@ -6,6 +6,7 @@ import copy
 import gc
 import logging
 import pickle
+import warnings
 import weakref
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_adaptive import ConfigError, Cosine, Handover, Inherit, OptimizerSwitchCallback, ParamGroups, attach
 from lightning_adaptive.report import read_curves
 from lightning_adaptive.strategies import placement
-from tests.support import Net, ValidatedNet, counted_steps, dataset, loader, trainer
+from tests.support import Net, ValidatedNet, counted_steps, dataset, loader, trainer, weights
 
 TO_SGD = partial(SGD, lr=0.1, momentum=0.9)
 
@@ -419,7 +420,12 @@ def test_a_loader_without_length_counts_in_steps() -> None:
             "optimizer: a SGD that is already built holds its own parameters. Pass a factory: partial(SGD, ...) from functools.",
         ),
         ({"when": "plateau"}, ValueError, "when: 'plateau' is not available yet."),
-        ({"optimizer_index": 1}, ValueError, "optimizer_index: 1 is not available yet."),
+        ({"optimizer_index": -1}, TypeError, "optimizer_index: -1 is no index. Write a whole number from 0 on."),
+        (
+            {"then": OptimizerSwitchCallback(at="3ep", optimizer=TO_SGD, on_resume="config")},
+            ValueError,
+            "then: optimizer_index and on_resume are given to the first switch, and hold for those after it.",
+        ),
         ({"on_resume": "both"}, ValueError, "on_resume: 'both' is no policy. Write 'error', 'config', 'checkpoint'."),
         ({"dry_run": True}, ValueError, "dry_run: True is not available yet."),
         ({"scheduler": "continue"}, ValueError, "scheduler: 'continue' is not available yet."),
@@ -532,14 +538,87 @@ def test_fsdp_without_the_modules_own_parameters_is_refused() -> None:
         placement(flat).check()  # type: ignore[arg-type]
 
 
-def test_manual_optimization_is_not_available_yet() -> None:
-    class Manual(Net):
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
+class TwoOptimizers(Net):
+    """Manual optimization: each layer has its own optimizer and, if asked, scheduler; each steps once a batch."""
 
-    with pytest.raises(ConfigError, match=r"^optimizer_index: Manual has 1 optimizers and manual optimization\."):
-        fit(OptimizerSwitchCallback(at="2ep", optimizer=TO_SGD), Manual())
+    def __init__(self, scheduled: bool = True) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.scheduled = scheduled
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizers, schedulers = self.optimizers(), self.lr_schedulers()
+        loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in optimizers:
+            optimizer.step()
+        assert not self.scheduled or len(schedulers) == 2
+        for scheduler in schedulers or ():
+            scheduler.step()
+
+    def configure_optimizers(self) -> Any:
+        optimizers = [Adam(self.net[place].parameters(), lr=1e-2) for place in (0, 2)]
+        return optimizers, [StepLR(optimizer, 8, 0.5) for optimizer in optimizers] if self.scheduled else []
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_manual_optimization_switches_one_of_two(index: int, tmp_path: Path) -> None:
+    def run(resumed_from: Path | None = None) -> tuple[list[str], list[int], Any, dict[str, int]]:
+        switch = OptimizerSwitchCallback(at="20st", optimizer=TO_SGD, scheduler=Cosine(length="30st"), optimizer_index=index)
+        saver = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        callbacks = [switch, *([] if resumed_from else [saver])]
+        runner, model = trainer(max_epochs=3, callbacks=callbacks, enable_checkpointing=not resumed_from), TwoOptimizers()
+        with counted_steps() as counts:
+            runner.fit(model, loader(), ckpt_path=resumed_from, weights_only=True)
+        steps = [config.scheduler.state_dict().get("step", -1) for config in runner.lr_scheduler_configs]
+        return [type(optimizer).__name__ for optimizer in runner.optimizers], steps, weights(model), dict(counts)
+
+    names, steps, reference, counts = run()
+    assert names == (["SGD", "Adam"] if index == 0 else ["Adam", "SGD"])
+    assert steps[index] == 14  # of 24 batches, the switch came with the eleventh: 20 steps of two optimizers
+    assert steps[1 - index] == -1
+    assert counts == {"Adam": 20 + 14, "SGD": 14}
+    for epoch in (0, 1):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the resumed run saves nothing
+            _, _, resumed, _ = run(tmp_path / f"epoch={epoch}.ckpt")
+        assert all(torch.equal(reference[name], resumed[name]) for name in reference)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "scheduled", "message"),
+    [
+        (
+            {"at": "2ep"},
+            True,
+            "switch.at: 2ep cannot be counted under manual optimization, where steps count every step() of each optimizer. "
+            "Write it in such steps (st).",
+        ),
+        ({"optimizer_index": 2}, True, "optimizer_index: 2 is none of the 2 optimizers of TwoOptimizers, counted from 0."),
+        (
+            {"scheduler": Cosine(length="5st")},
+            False,
+            "switch.scheduler: the module steps no scheduler for this optimizer, so none can take its place. Leave it out.",
+        ),
+        (
+            {"param_groups": ParamGroups()},
+            True,
+            "switch.param_groups: under manual optimization the groups stay as they are. Write 'inherit'.",
+        ),
+        (
+            {"gradient_clip_val": 1.0},
+            True,
+            "switch.gradient_clip_val: under manual optimization the module clips by itself. Write 'keep'.",
+        ),
+    ],
+)
+def test_manual_optimization_refuses(arguments: dict[str, Any], scheduled: bool, message: str) -> None:
+    with counted_steps() as counts, pytest.raises(ConfigError) as caught:
+        fit(OptimizerSwitchCallback(**{"at": "20st", "optimizer": TO_SGD, **arguments}), TwoOptimizers(scheduled))
+    assert str(caught.value) == message
+    assert counts == {}
 
 
 def test_an_empty_slot_of_a_config_means_its_default() -> None:
