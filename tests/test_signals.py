@@ -203,7 +203,8 @@ def test_a_signal_to_ddp_saves_a_checkpoint_that_resumes(
     command.wait_for(TRAINING)
     command.send(target, signum)
     assert command.end() == 128 + signum
-    resume(start, saved(command, signum), *PAIR)()
+    # One process can go on where two were stopped; both ways are tried.
+    resume(start, saved(command, signum), *([] if target == "rank 1" else PAIR))()
 
 
 @pytest.mark.slow
