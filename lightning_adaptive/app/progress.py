@@ -73,4 +73,5 @@ class EpochLines(ProgressBar):
         shown = [name for name in trainer.callback_metrics if "loss" in name or name == self._monitor]
         metrics = "  ".join(f"{name} {float(trainer.callback_metrics[name]):.4f}" for name in shown)
         epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else "?"
-        print(f"epoch {trainer.current_epoch + 1}/{epochs}  step {trainer.global_step}  phase {phase}  lr {lr}  {metrics}")  # noqa: T201
+        line = f"epoch {trainer.current_epoch + 1}/{epochs}  step {trainer.global_step}  phase {phase}  lr {lr}  {metrics}"
+        print(line, flush=True)  # noqa: T201
