@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, RMSprop
@@ -503,6 +504,47 @@ def test_a_phase_that_cannot_work_ends_the_run_before_its_first_step(
 ) -> None:
     with counted_steps() as counts, pytest.raises(ConfigError) as caught:
         fit(OptimizerSwitchCallback(**{"at": "2ep", "optimizer": TO_SGD, **switch}), **options)
+    assert str(caught.value) == message
+    assert counts == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (
+            {"optimizer": LBFGS},
+            {},
+            "switch.optimizer: LBFGS and trainer.precision=16-mixed do not go together. Train in bf16-mixed or 32-true.",
+        ),
+        (
+            {"optimizer": partial(SGD, lr=0.1, fused=True)},
+            {"gradient_clip_val": 1.0},
+            "switch.optimizer.fused: a fused SGD unscales by itself, so gradients cannot be clipped before under "
+            "trainer.precision=16-mixed. Set fused to false, or gradient_clip_val to null.",
+        ),
+        (
+            {"optimizer": partial(SGD, lr=0.1, fused=True), "gradient_clip_val": 1.0},
+            {},
+            "switch.optimizer.fused: a fused SGD unscales by itself, so gradients cannot be clipped before under "
+            "trainer.precision=16-mixed. Set fused to false, or gradient_clip_val to null.",
+        ),
+        ({"optimizer": partial(SGD, lr=0.1, fused=True), "gradient_clip_val": None}, {"gradient_clip_val": 1.0}, None),
+        ({"optimizer": TO_SGD}, {"gradient_clip_val": 1.0}, None),
+    ],
+)
+def test_what_fails_under_16_bit_only_at_its_first_step_is_refused_before(
+    arguments: dict[str, Any], options: dict[str, Any], message: str | None
+) -> None:
+    # Lightning turns "16-mixed" on the CPU into bfloat16; with a scaler of its own it really scales.
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=256.0))
+    switch = OptimizerSwitchCallback(**{"at": "2ep", **arguments})
+    with counted_steps() as counts:
+        if message is None:
+            fit(switch, plugins=[precision], **options)
+            assert counts["SGD"] == 16
+            return
+        with pytest.raises(ConfigError) as caught:
+            fit(switch, plugins=[precision], **options)
     assert str(caught.value) == message
     assert counts == {}
 
