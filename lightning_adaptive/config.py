@@ -261,7 +261,7 @@ def _check_keys(cls: type, options: dict[str, Any], key: str) -> None:
 def _signature(cls: type) -> inspect.Signature:
     try:
         return inspect.signature(cls, eval_str=True)
-    except Exception:  # noqa: BLE001 - annotations are another package's code; without them fewer mistakes are seen early
+    except (NameError, AttributeError, TypeError, SyntaxError):  # annotations that only a type checker can read
         return inspect.signature(cls)
 
 
