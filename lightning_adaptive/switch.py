@@ -317,7 +317,7 @@ class OptimizerSwitchCallback(Callback):
             ConfigError: for a moment outside the training or not after the one before it, and for a phase that cannot be built.
         """
         partition, previous = self._state.partition, self._state.first_step
-        clock, placement = strategies.clock(trainer), strategies.placement(trainer, self.optimizer_index)
+        clock, placement = _clock(trainer), strategies.placement(trainer, self.optimizer_index)
         for index, switch in enumerate(self.chain[self.phase :], start=self.phase):
             try:
                 moment = switch._moment(clock, previous, is_first=index == 0)
@@ -350,7 +350,7 @@ class OptimizerSwitchCallback(Callback):
 
     def _plan(self, trainer: Trainer) -> None:
         """Fixes the moments, and settles with the checkpoint what this run is configured with."""
-        clock = strategies.clock(trainer)
+        clock = _clock(trainer)
         now = dict(self._first)
         for index, switch in enumerate(self.chain[: self.phase]):
             partition = switch._partition(self._state.partition, trainer)
@@ -410,7 +410,7 @@ class OptimizerSwitchCallback(Callback):
         switch, step = self.chain[self.phase], trainer.global_step
         running = record(strategies.placement(trainer, self.optimizer_index).groups, strategies.parameter_names(pl_module))
         partition = switch._partition(extend(self._state.partition, running), trainer)
-        clock = strategies.clock(trainer, first_step=step)
+        clock = _clock(trainer, first_step=step)
         phase = phases.build(switch.optimizer, switch.scheduler, partition, self._tensors, clock)
         name = type(phase.optimizer).__name__
         return phase, replace(self._state, phase=self.phase + 1, first_step=step, optimizer=name, partition=partition)
@@ -502,7 +502,7 @@ class OptimizerSwitchCallback(Callback):
                 f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}."
             )
         switch = self.chain[state.phase - 1]
-        clock = strategies.clock(trainer, first_step=state.first_step)
+        clock = _clock(trainer, first_step=state.first_step)
         phase = phases.build(switch.optimizer, switch.scheduler, state.partition, self._tensors, clock)
         name = type(phase.optimizer).__name__
         if name != state.optimizer:
@@ -533,6 +533,12 @@ def find_switch(trainer: Trainer) -> OptimizerSwitchCallback | None:
     """The trainer's enabled switch, if it has one."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return next((callback for callback in callbacks if isinstance(callback, OptimizerSwitchCallback) and callback.enabled), None)
+
+
+def _clock(trainer: Trainer, first_step: int = 0) -> Clock:
+    """The trainer's clock. It counts batches; where the steps of all optimizers of a manual optimization end, nobody knows."""
+    clock = strategies.clock(trainer, first_step)
+    return clock if trainer.lightning_module.automatic_optimization else replace(clock, total_steps=None)
 
 
 def _key(index: int) -> str:

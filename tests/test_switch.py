@@ -629,6 +629,12 @@ def test_manual_optimization_switches_one_of_two(index: int, tmp_path: Path) -> 
         assert all(torch.equal(reference[name], resumed[name]) for name in reference)
 
 
+def test_under_manual_optimization_a_moment_may_exceed_the_number_of_batches() -> None:
+    with counted_steps() as counts:
+        fit(OptimizerSwitchCallback(at="40st", optimizer=TO_SGD), TwoOptimizers(), max_epochs=3)
+    assert counts == {"Adam": 40 + 4, "SGD": 4}  # 24 batches, two steps each
+
+
 @pytest.mark.parametrize(
     ("arguments", "scheduled", "message"),
     [
