@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lightning_adaptive.durations import Duration as Duration
     from lightning_adaptive.errors import CheckpointError as CheckpointError
     from lightning_adaptive.errors import ConfigError as ConfigError
+    from lightning_adaptive.exact_resume import ExactResume as ExactResume
     from lightning_adaptive.handover import Handover as Handover
     from lightning_adaptive.hooks import attach as attach
     from lightning_adaptive.hooks import configure_optimizers as configure_optimizers
@@ -31,6 +32,7 @@ _HOMES = {
     "Constant": "schedules",
     "Cosine": "schedules",
     "Duration": "durations",
+    "ExactResume": "exact_resume",
     "Handover": "handover",
     "Inherit": "param_groups",
     "OptimizerSwitchCallback": "switch",

@@ -146,7 +146,7 @@ def state_bytes(optimizer: Optimizer) -> int:
 
 def _tensors(state: Any) -> Iterable[Tensor]:
     if isinstance(state, Tensor):
-        yield state
+        yield getattr(state, "to_local", lambda: state)()  # of a DTensor what lies on this process
     elif isinstance(state, Mapping):
         for value in state.values():
             yield from _tensors(value)

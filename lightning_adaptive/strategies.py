@@ -13,7 +13,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +35,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from lightning_adaptive.durations import Clock
 from lightning_adaptive.errors import CheckpointError, ConfigError
@@ -93,6 +93,14 @@ def clock(trainer: Trainer, first_step: int = 0) -> Clock:
         raise ConfigError(f"{trainer.accumulate_grad_batches} batches make no step. Write at least 1.", _ACCUMULATE)
     trainer.fit_loop.setup_data()
     batches = trainer.num_training_batches
+    rest = int(batches % trainer.accumulate_grad_batches) if math.isfinite(batches) else 0
+    if rest and trainer.strategy.handles_gradient_accumulation:
+        raise ConfigError(
+            f"under DeepSpeed {trainer.accumulate_grad_batches} does not go with {batches} batches an epoch: it accumulates over "
+            "the epoch's end, and Lightning counts other steps than are made. Write a divisor, or cut the rest off with "
+            f"trainer.limit_train_batches={int(batches) - rest}.",
+            _ACCUMULATE,
+        )
     steps_per_epoch = math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else None
     try:
         total = trainer.estimated_stepping_batches
@@ -278,6 +286,13 @@ class Sharded(Plain):
     def check_next(self, optimizer: Optimizer, gradient_clip_val: float | Literal["keep"] | None) -> None:
         super().check_next(optimizer, gradient_clip_val)
         _refuse_closure(optimizer, self.strategy)
+        stateless = isinstance(optimizer, SGD) and not any(group["momentum"] for group in optimizer.param_groups)
+        if stateless and not getattr(self.strategy, "_save_distributed_checkpoint", False):
+            raise ConfigError(
+                "SGD without momentum keeps no state, and Lightning cannot load a checkpoint of such an optimizer under FSDP. Give "
+                "it momentum, or use ModelParallelStrategy (FSDP2) with save_distributed_checkpoint=True.",
+                "optimizer.momentum",
+            )
 
 
 class DeepSpeed(Plain):
@@ -286,8 +301,17 @@ class DeepSpeed(Plain):
     So there is no way back: between the two nothing can be saved, and an error there ends the run.
     """
 
+    def check(self) -> None:
+        windows = self.trainer.accumulate_grad_batches
+        if windows > 1:
+            rank_zero_warn(
+                f"{_ACCUMULATE}={windows}: Lightning divides the loss by it, and DeepSpeed divides it again, so gradients are "
+                f"{windows} times too small. Adam does not mind, SGD does. Multiply the loss that training_step returns by it."
+            )
+
     def check_next(self, optimizer: Optimizer, gradient_clip_val: float | Literal["keep"] | None) -> None:
         _refuse_closure(optimizer, self.strategy)
+        self._check_class(optimizer)
         if _members(optimizer.param_groups) != _members(self.groups):
             raise ConfigError(
                 "under DeepSpeed the groups stay as they are, since its fp32 weights lie in their order. Write 'inherit'.",
@@ -298,6 +322,23 @@ class DeepSpeed(Plain):
                 f"{gradient_clip_val!r} cannot be set under DeepSpeed: its config fixes clipping for the whole run. Write 'keep'.",
                 "gradient_clip_val",
             )
+
+    def _check_class(self, optimizer: Optimizer) -> None:
+        """Refuses the classes that the engine would refuse when the old optimizer is destroyed already."""
+        from deepspeed.runtime.zero.utils import is_zero_supported_optimizer  # type: ignore[import-untyped]
+
+        engine, name = self.strategy.model, type(optimizer).__name__
+        for_cpu = {"DeepSpeedCPUAdam", "DeepSpeedCPULion"} & {base.__name__ for base in type(optimizer).__mro__}
+        if engine.zero_use_cpu_optimizer() and engine.zero_force_ds_cpu_optimizer() and not for_cpu:
+            option, allowed = "zero_force_ds_cpu_optimizer: false", "DeepSpeedCPUAdam, as its optimizer lies on the CPU"
+        elif engine.zero_optimization() and not (engine.zero_allow_untested_optimizer() or is_zero_supported_optimizer(optimizer)):
+            option, allowed = "zero_allow_untested_optimizer: true", "the classes that it was tested with, such as Adam and AdamW"
+        else:
+            return
+        raise ConfigError(
+            f"DeepSpeed takes no {name} here, only {allowed}. For another class put {option} into trainer.strategy.config.",
+            "optimizer",
+        )
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -316,17 +357,18 @@ class DeepSpeed(Plain):
     def install(self, optimizer: Optimizer, lr_scheduler: Mapping[str, Any]) -> None:
         engine, strategy = self.strategy.model, self.strategy
         old = engine.optimizer
-        masters, scaler = _master_weights(old), getattr(old, "loss_scaler", None)
+        masters = [master.detach().clone() for master in _master_weights(old)]
+        scalers = {name: vars(old)[name] for name in ("loss_scaler", "loss_scale_config") if name in vars(old)}
         strategy.save_checkpoint = _refuse_to_save
         if hasattr(old, "destroy"):
             old.destroy()
             _break_cycle(old)
-        # The engine keeps the first optimizer, and with it its state, until another takes this place.
-        engine.client_optimizer = optimizer
+        # The engine keeps the first optimizer and scheduler, and with them the old state, until others take their places.
+        engine.client_optimizer, engine.client_lr_scheduler = optimizer, lr_scheduler["scheduler"]
         engine._configure_optimizer(optimizer, None)
-        _restore_masters(engine.optimizer, masters)
-        if scaler is not None and hasattr(engine.optimizer, "loss_scaler"):
-            engine.optimizer.loss_scaler = scaler
+        for master, kept in zip(_master_weights(engine.optimizer), masters, strict=True):
+            master.data.copy_(kept)
+        vars(engine.optimizer).update(scalers)
         self._put([engine.optimizer], [LRSchedulerConfig(**lr_scheduler)])
         del strategy.save_checkpoint
 
@@ -388,26 +430,23 @@ def _break_cycle(wrapper: Any) -> None:
 
 
 def _master_weights(wrapper: Any) -> list[Tensor]:
-    """The fp32 weights that ZeRO keeps beside bf16 or fp16 ones; built anew, they would be rounded."""
-    partitions = getattr(wrapper, "single_partition_of_fp32_groups", None) or getattr(wrapper, "fp32_partitioned_groups_flat", None)
-    return [partition.detach().clone() for partition in partitions or ()]
+    """The fp32 weights that DeepSpeed keeps beside bf16 or fp16 ones; built anew, they would be rounded."""
+    # Of ZeRO-1 and 2, of ZeRO-3, of ZeRO-1 that accumulates bf16 gradients in fp32, and of no ZeRO.
+    lists = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition", "fp32_groups")
+    found = next((getattr(wrapper, name) for name in lists if hasattr(wrapper, name)), ())
+    return [tensor for item in found for tensor in (item if isinstance(item, list) else [item])]
 
 
-def _restore_masters(wrapper: Any, masters: list[Tensor]) -> None:
-    partitions = getattr(wrapper, "single_partition_of_fp32_groups", None) or getattr(wrapper, "fp32_partitioned_groups_flat", None)
-    for partition, master in zip(partitions or (), masters, strict=True):
-        partition.data.copy_(master)
-
-
-def before_restore(trainer: Trainer, function: Callable[[Mapping[str, Any]], None]) -> Callable[[], None]:
-    """Calls a function with a checkpoint's metadata before anything of it is loaded, on every strategy.
+def before_restore(trainer: Trainer, function: Callable[[Path], None], first: bool = False) -> Callable[[], None]:
+    """Calls a function with a checkpoint's path before anything of it is loaded, on every strategy.
 
     Late strategies load weights and optimizer state inside ``load_checkpoint``, before a callback knows which optimizer wrote
     them; and it is the first place that sees the path that ``"last"`` or a requeued job stand for.
 
     Args:
         trainer: the trainer, from ``setup`` on.
-        function: called on every process with the checkpoint's dictionary without weights and optimizer state.
+        function: called on every process.
+        first: whether it comes before those that are there already.
 
     Returns:
         What takes the function out again.
@@ -415,8 +454,8 @@ def before_restore(trainer: Trainer, function: Callable[[Mapping[str, Any]], Non
     strategy: Any = trainer.strategy
     wrapper = vars(strategy).get("load_checkpoint")
     if not isinstance(wrapper, _LoadCheckpoint):
-        wrapper = strategy.load_checkpoint = _LoadCheckpoint(strategy)
-    wrapper.functions.append(function)
+        wrapper = strategy.load_checkpoint = _LoadCheckpoint(trainer)
+    wrapper.functions.insert(0 if first else len(wrapper.functions), function)
 
     def remove() -> None:
         if function in wrapper.functions:
@@ -430,16 +469,25 @@ def before_restore(trainer: Trainer, function: Callable[[Mapping[str, Any]], Non
 class _LoadCheckpoint:
     """The one wrapper around a strategy's ``load_checkpoint``; the last user of it takes it away."""
 
-    def __init__(self, strategy: Any) -> None:
-        self._strategy = strategy
-        self.functions: list[Callable[[Mapping[str, Any]], None]] = []
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._strategy: Any = trainer.strategy
+        self.functions: list[Callable[[Path], None]] = []
 
     def __call__(self, checkpoint_path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
         path = Path(self._strategy.broadcast(checkpoint_path))
-        metadata = read_metadata(path)
         for function in tuple(self.functions):
-            function(metadata)
-        return type(self._strategy).load_checkpoint(self._strategy, checkpoint_path, *arguments, **options)
+            function(path)
+        load = functools.partial(type(self._strategy).load_checkpoint, self._strategy, checkpoint_path, *arguments, **options)
+        return self._without_optimizers(load) if self._trainer.evaluating or self._trainer.predicting else load()
+
+    def _without_optimizers(self, load: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """An evaluation needs the weights alone, but FSDP2 would load the state of another class into what a fit has left."""
+        optimizers, self._strategy.optimizers = self._strategy.optimizers, []
+        try:
+            return load()
+        finally:
+            self._strategy.optimizers = optimizers
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -448,15 +496,49 @@ def read_metadata(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: when nothing of these lies there.
     """
-    if path.is_dir():
-        states = sorted((path / "checkpoint").glob("*model_states.pt"))
-        file = path / _METADATA_FILENAME if (path / _METADATA_FILENAME).is_file() else next(iter(states), None)
-    else:
-        file = path if path.is_file() else None
+    file = metadata_file(path)
     if file is None:
         raise CheckpointError(f"{path} is no checkpoint: neither a file nor a folder of FSDP, FSDP2 or DeepSpeed.")
     checkpoint = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     return {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states", "module")}
+
+
+def metadata_file(path: Path) -> Path | None:
+    """The file of a checkpoint that holds everything but weights and optimizer state, if it is there."""
+    if not path.is_dir():
+        return path if path.is_file() else None
+    states = sorted((path / "checkpoint").glob("*model_states.pt"))
+    return next((file for file in (path / _METADATA_FILENAME, *states) if file.is_file()), None)
+
+
+@contextlib.contextmanager
+def tested_as_fitted(trainer: Trainer) -> Iterator[None]:
+    """Within it ``trainer.test`` takes the model that was just fitted, also where Lightning or DeepSpeed cannot.
+
+    FSDP would wrap the module once more, whose parameters are shards by then. ZeRO-3 asks the optimizer, which a test does not
+    have, to take over the weights that were loaded (issue 7272 of DeepSpeed, seen on 0.19).
+    """
+    strategy: Any = trainer.strategy
+    remove = None
+    if isinstance(strategy, FSDPStrategy):
+        vars(strategy)["_setup_model"] = functools.partial(_as_fitted, strategy.model)
+    elif isinstance(strategy, DeepSpeedStrategy):
+        remove = before_restore(trainer, lambda _: _expect_no_optimizer(strategy.model))
+    try:
+        yield
+    finally:
+        vars(strategy).pop("_setup_model", None)
+        if remove is not None:
+            remove()
+
+
+def _as_fitted(fitted: Any, _: nn.Module) -> Any:
+    return fitted
+
+
+def _expect_no_optimizer(engine: Any) -> None:
+    if engine.optimizer is not None and not hasattr(engine.optimizer, "_restore_from_bit16_weights"):
+        engine.optimizer._restore_from_bit16_weights = lambda: None
 
 
 def end_processes(trainer: Trainer) -> None:

@@ -8,9 +8,11 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
@@ -171,6 +173,7 @@ class OptimizerSwitchCallback(Callback):
         self._moments: tuple[int, ...] = ()
         self._trainer_clip_val: float | None = None
         self._stop_reading: Callable[[], None] | None = None
+        self._fitting = True
         self._saved: SwitchState | None = None
         self._first: Settings = {}
         self._options: list[dict[str, Any]] = []
@@ -226,7 +229,10 @@ class OptimizerSwitchCallback(Callback):
     # Lightning's hooks
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit" or not self.enabled:
+        self._fitting = stage == "fit"
+        if trainer.strategy.restore_checkpoint_after_setup:
+            self._stop_reading = strategies.before_restore(trainer, functools.partial(self._read, trainer))
+        if not self.enabled or not self._fitting:
             return
         strategies.warn_if_unseen()
         # First, so that a monitor of learning rates sees the new one at the first new step; a new list, because Lightning
@@ -235,19 +241,14 @@ class OptimizerSwitchCallback(Callback):
         trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
         if trainer.global_step < self._state.first_step:
             self._state = SwitchState()  # another Trainer: what an earlier one reached does not hold here
-        if trainer.strategy.restore_checkpoint_after_setup:
-            self._stop_reading = strategies.before_restore(trainer, functools.partial(self._read, trainer))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.enabled:
-            if self._state.phase:
-                raise CheckpointError(
-                    f"the checkpoint was written in phase {self._state.phase} ({self._state.optimizer}, from step "
-                    f"{self._state.first_step}), but this run has no switch. Resume with the switch of the run that wrote it."
-                )
+            self._refuse_later_phase()
             return
         placement = strategies.placement(trainer, self.optimizer_index)
         placement.check()
+        _refuse_weight_averaging(trainer)
         if not pl_module.automatic_optimization:
             self._check_manual(placement)
         partition = record(placement.groups, strategies.parameter_names(pl_module))
@@ -283,7 +284,8 @@ class OptimizerSwitchCallback(Callback):
         return self._state.to_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._state = self._saved = SwitchState.from_dict(state_dict)
+        if self._fitting:  # an evaluation takes weights from a checkpoint, and a fit after it goes on from its own phase
+            self._state = self._saved = SwitchState.from_dict(state_dict)
 
     def _check_manual(self, placement: strategies.Plain) -> None:
         """Refuses what has no meaning where the module steps optimizers and schedulers itself."""
@@ -439,10 +441,16 @@ class OptimizerSwitchCallback(Callback):
 
     # Resume and end
 
-    def _read(self, trainer: Trainer, metadata: Mapping[str, Any]) -> None:
+    def _read(self, trainer: Trainer, path: Path) -> None:
         """On a strategy that restores late: puts the phase in place that wrote the checkpoint, before its state is loaded."""
-        state = metadata.get("callbacks", {}).get(self.state_key)
-        if state is None or not self._tensors:
+        if not self._fitting or (self.enabled and not self._tensors):
+            return
+        state = strategies.read_metadata(path).get("callbacks", {}).get(self.state_key)
+        if state is None:
+            return
+        if not self.enabled:
+            self._state = SwitchState.from_dict(state)
+            self._refuse_later_phase()
             return
         now, self._saved = self._state, SwitchState.from_dict(state)
         if self._saved.phase:
@@ -450,6 +458,15 @@ class OptimizerSwitchCallback(Callback):
             self._restore_phase(trainer, now.shapes)
         else:
             self._check_fit()
+
+    def _refuse_later_phase(self) -> None:
+        """Refuses, without a switch, to go on from a checkpoint of a later phase."""
+        state = self._state
+        if state.phase:
+            raise CheckpointError(
+                f"the checkpoint was written in phase {state.phase} ({state.optimizer}, from step {state.first_step}), but this "
+                "run has no switch. Resume with the switch of the run that wrote it."
+            )
 
     def _check_fit(self) -> None:
         """Refuses a checkpoint of the first phase that another optimizer wrote, or for other parameters."""
@@ -574,6 +591,19 @@ def _refuse(option: str, value: Any, default: Any, shown: str = "") -> None:
 def _default_if_empty(value: Any, default: Any) -> Any:
     """A slot that a configuration left empty (``{}`` or ``null``) means its default."""
     return default if value is None or (isinstance(value, Mapping) and not value) else value
+
+
+def _refuse_weight_averaging(trainer: Trainer) -> None:
+    """Refuses the callback that puts a scheduler of its own in place towards the end of training."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    found = next((callback for callback in callbacks if isinstance(callback, StochasticWeightAveraging)), None)
+    if found is not None:
+        raise ConfigError(
+            f"{type(found).__name__} and OptimizerSwitchCallback both replace the scheduler during training, so one would undo the "
+            "other. Remove one of them; weights are averaged without a scheduler by lightning's WeightAveraging or "
+            "EMAWeightAveraging.",
+            "callbacks",
+        )
 
 
 def _param_groups(value: Any) -> Inherit | ParamGroups:

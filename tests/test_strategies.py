@@ -288,14 +288,14 @@ def test_a_run_of_two_processes_resumes_on_one(pair: Pair, tmp_path: Path) -> No
 def test_several_users_share_one_wrapper_of_load_checkpoint() -> None:
     runner = trainer(max_epochs=1)
     seen: list[str] = []
-    removals = [before_restore(runner, lambda metadata, name=name: seen.append(f"{name}{metadata['epoch']}")) for name in "ab"]
+    removals = [before_restore(runner, lambda path, name=name: seen.append(f"{name} {path.name}")) for name in "ab"]
     with tempfile.TemporaryDirectory() as folder:
         torch.save({"epoch": 3, "state_dict": {}}, Path(folder, "saved.ckpt"))
         runner.strategy.load_checkpoint(Path(folder, "saved.ckpt"))
-        assert seen == ["a3", "b3"]
+        assert seen == ["a saved.ckpt", "b saved.ckpt"]
         removals[0]()
         runner.strategy.load_checkpoint(Path(folder, "saved.ckpt"))
-        assert seen == ["a3", "b3", "b3"]
+        assert seen == ["a saved.ckpt", "b saved.ckpt", "b saved.ckpt"]
     for remove in removals:
         remove()
     assert "load_checkpoint" not in vars(runner.strategy)

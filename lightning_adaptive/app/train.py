@@ -86,11 +86,14 @@ def _test(trainer: Trainer, model: LightningModule, data: LightningDataModule) -
     """Tests the best checkpoint, or the model as it is when there is none; nothing for a task without tests."""
     from lightning.pytorch.utilities.model_helpers import is_overridden
 
+    from lightning_adaptive import strategies
+
     if not is_overridden("test_step", model) or not is_overridden("test_dataloader", data):
         return {}
     callback: Any = trainer.checkpoint_callback
     best = getattr(callback, "best_model_path", "") or None
-    [metrics] = trainer.test(model, datamodule=data, ckpt_path=best, verbose=False, weights_only=True)
+    with strategies.tested_as_fitted(trainer):
+        [metrics] = trainer.test(model, datamodule=data, ckpt_path=best, verbose=False, weights_only=True)
     return dict(metrics)
 
 
@@ -123,25 +126,38 @@ def _checkpoint(path: str | None) -> str | None:
     """The checkpoint to resume from, looked at before anything is built.
 
     Raises:
-        CheckpointError: when it is missing or not a whole file.
+        CheckpointError: when it is missing or not whole.
     """
-    if path is None:
-        return None
-    file = Path(path)
-    if not file.is_file():
-        folder = file if file.is_dir() else file.parent
-        whole = [found for found in folder.glob("*.ckpt") if _is_whole(found)] if folder.is_dir() else []
-        newest = f" Newest there: {max(whole, key=lambda found: found.stat().st_mtime)}." if whole else ""
-        fault = "is a folder, not a file." if file.is_dir() else "there is no such file."
-        raise CheckpointError(f"ckpt_path={path}: {fault}{newest}")
-    if not _is_whole(file):
-        raise CheckpointError(
-            f"ckpt_path={path}: is no checkpoint, or not a whole one ({file.stat().st_size:,} bytes). It was left as it is."
-        )
+    fault = "" if path is None else _fault(Path(path))
+    if fault:
+        raise CheckpointError(f"ckpt_path={path}: {fault}")
     return path
 
 
-def _is_whole(file: Path) -> bool:
+def _fault(path: Path) -> str:
+    """What keeps a path from being a checkpoint; empty when it is a whole one."""
+    file = _metadata_file(path)
+    if file is not None:
+        if _is_archive(file):
+            return ""
+        size = f"{file.stat().st_size:,} bytes" + (f" in {file.relative_to(path)}" if path.is_dir() else "")
+        return f"is no checkpoint, or not a whole one ({size}). It was left as it is."
+    folder = path if path.is_dir() else path.parent
+    whole = [found for found in folder.glob("*.ckpt") if (metadata := _metadata_file(found)) and _is_archive(metadata)]
+    newest = f" Newest there: {max(whole, key=lambda found: found.stat().st_mtime)}." if whole else ""
+    return ("is a folder, not a file." if path.is_dir() else "there is no such file.") + newest
+
+
+def _metadata_file(path: Path) -> Path | None:
+    """A checkpoint's only file, or of a folder the one that says what the others hold."""
+    if not path.is_dir():
+        return path if path.is_file() else None
+    from lightning_adaptive import strategies  # not before a folder asks for it: with torch it takes seconds
+
+    return strategies.metadata_file(path)
+
+
+def _is_archive(file: Path) -> bool:
     """Whether a file is an archive as torch writes it, with its end, which comes last."""
     if not zipfile.is_zipfile(file):
         return False
@@ -163,6 +179,8 @@ def _silence_noise() -> None:
     warnings.filterwarnings("ignore", r"Experiment logs directory .* exists and is not empty")
     # Lightning 2.6 asks torch in a way that torch 2.13 no longer likes.
     warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\).* is deprecated")
+    # Parts of torch warn one another, at every checkpoint of FSDP.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
 
 

@@ -90,11 +90,13 @@ class DigitsNet(LightningModule):
         self.test_metrics = metrics.clone(prefix="test/")
 
     def configure_model(self) -> None:
-        """Shards the layers under Lightning's ``ModelParallelStrategy`` (FSDP2); nothing elsewhere."""
+        """Shards the layers under Lightning's ``ModelParallelStrategy`` (FSDP2), once; nothing elsewhere."""
         if self.device_mesh is None:
             return
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import FSDPModule, fully_shard
 
+        if isinstance(self.net, FSDPModule):
+            return  # Lightning asks again before a test
         mesh = self.device_mesh["data_parallel"]
         for layer in self.net:
             if any(True for _ in layer.parameters()):

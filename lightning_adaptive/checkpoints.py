@@ -1,0 +1,179 @@
+"""Checkpoints as files and folders: written whole or not at all, looked at before they are loaded, found again.
+
+A file carries a checksum of each of its entries, since it is a zip archive; torch does not look at them. A folder gets a
+manifest of digests, which is written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from lightning_adaptive.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+_DIGEST = "blake2b"
+
+
+def partial(target: Path) -> Path:
+    """Where a checkpoint is written before it gets its name; in the same folder, so that a rename is all that is left."""
+    return target.with_name(f".{target.name}.partial")
+
+
+def _old(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
+
+
+def digests(folder: Path, share: int = 0, shares: int = 1) -> dict[str, list[str | int]]:
+    """Size and digest of a folder's files, or of one of several shares of them, by their name in the folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {path.relative_to(folder).as_posix(): [path.stat().st_size, _digest(path)] for path in files[share::shares]}
+
+
+def seal(folder: Path, of_files: Mapping[str, list[str | int]]) -> None:
+    """Writes the manifest, after which the folder counts as whole.
+
+    Args:
+        folder: a checkpoint's, with all its files.
+        of_files: what `digests` says of them.
+    """
+    for name in of_files:
+        _to_disk(folder / name)
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"digest": _DIGEST, "files": dict(of_files)}, indent=1), encoding="utf-8")
+    _to_disk(manifest)
+
+
+def publish(written: Path, target: Path) -> None:
+    """Gives a checkpoint that was written at `partial` its name, in the place of one that has it.
+
+    A crash leaves the old one or the new one under the name; of a folder, for which there are two renames, it may leave none
+    of them there, and then both beside it.
+    """
+    if written.is_file():
+        _to_disk(written)
+    old = _old(target)
+    if target.is_dir() and not target.is_symlink():
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+    elif written.is_dir() and (target.exists() or target.is_symlink()):
+        target.unlink()
+    os.replace(written, target)
+    _to_disk(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Removes what an earlier attempt to write has left, file or folder."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def fault(path: Path) -> str:
+    """What is wrong with a checkpoint; empty for one that is whole.
+
+    A folder without a manifest, which plain Lightning writes, is only looked at for what it must have.
+    """
+    if path.is_dir():
+        return _fault_of_folder(path)
+    return _fault_of_file(path) if path.is_file() else "there is no such file"
+
+
+def _fault_of_file(path: Path) -> str:
+    size = path.stat().st_size
+    if size == 0:
+        return "the file is empty"
+    if not zipfile.is_zipfile(path):
+        return f"no checkpoint, or not a whole one ({size:,} bytes)"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if not any(name.endswith("/data.pkl") for name in archive.namelist()):
+                return f"an archive, but no checkpoint ({size:,} bytes)"
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, OSError) as error:
+        return f"damaged ({size:,} bytes; {error})"
+    return f"damaged: the checksum of its entry {damaged} does not fit ({size:,} bytes)" if damaged else ""
+
+
+def _fault_of_folder(folder: Path) -> str:
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        has_metadata = (folder / "meta.pt").is_file() or any((folder / "checkpoint").glob("*model_states.pt"))
+        return "" if has_metadata else "a folder, but no checkpoint of FSDP, FSDP2 or DeepSpeed, or not a whole one"
+    try:
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+        for name, (size, digest) in files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"damaged: {name} is missing"
+            if path.stat().st_size != size or _digest(path) != digest:
+                return f"damaged: {name} is not what was written"
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        return f"damaged: its manifest cannot be read ({error!r})"
+    return ""
+
+
+def check(path: Path) -> None:
+    """Refuses a checkpoint that is not whole.
+
+    Raises:
+        CheckpointError: with what is wrong, and the newest whole one beside it.
+    """
+    wrong = fault(path)
+    if not wrong:
+        return
+    beside = [found for found in candidates(path if path.is_dir() else path.parent) if found != path and not fault(found)]
+    newest = f" Newest whole one there: {max(beside, key=lambda found: found.stat().st_mtime)}." if beside else ""
+    raise CheckpointError(f"{path}: {wrong}. It was left as it is.{newest}")
+
+
+def candidates(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, whole or not; of one that lost its name in a crash what lies beside its place."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if path.suffix == ".ckpt" and not path.name.startswith(".")]
+    names = {path.name for path in found}
+    for path in folder.iterdir():
+        name, _, state = path.name.removeprefix(".").rpartition(".")
+        if state in ("partial", "old") and path.is_dir() and (path / MANIFEST).is_file() and name not in names:
+            found.append(path)
+    return sorted(found)
+
+
+def newest(folder: Path, step: Callable[[Path], int]) -> tuple[Path | None, dict[Path, str]]:
+    """The whole checkpoint that is furthest in training, and what is wrong with those that would be further.
+
+    Args:
+        folder: where the checkpoints lie.
+        step: tells a checkpoint's global step; -1 for one that it cannot read.
+    """
+    broken: dict[Path, str] = {}
+    whole: list[tuple[int, float, Path]] = []
+    for path in candidates(folder):
+        wrong = fault(path)
+        if wrong:
+            broken[path] = wrong
+        else:
+            whole.append((step(path), path.stat().st_mtime, path))
+    return (max(whole)[2] if whole else None), broken
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, _DIGEST).hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    """Waits until a file's, or a folder's, content would survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
