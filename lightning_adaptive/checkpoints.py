@@ -79,7 +79,7 @@ def remove(path: Path) -> None:
 def fault(path: Path) -> str:
     """What is wrong with a checkpoint; empty for one that is whole.
 
-    A folder without a manifest, which plain Lightning writes, is only looked at for what it must have.
+    Of a folder without a manifest, which plain Lightning writes, only the file is looked at that every one of them has.
     """
     if path.is_dir():
         return _fault_of_folder(path)
@@ -90,23 +90,38 @@ def _fault_of_file(path: Path) -> str:
     size = path.stat().st_size
     if size == 0:
         return "the file is empty"
-    if not zipfile.is_zipfile(path):
-        return f"no checkpoint, or not a whole one ({size:,} bytes)"
     try:
+        if not zipfile.is_zipfile(path):
+            return f"no checkpoint, or not a whole one ({size:,} bytes)"
         with zipfile.ZipFile(path) as archive:
             if not any(name.endswith("/data.pkl") for name in archive.namelist()):
                 return f"an archive, but no checkpoint ({size:,} bytes)"
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, OSError) as error:
+            damaged = damaged or next((entry.filename for entry in archive.infolist() if _is_misread(entry)), None)
+    # The last two: a name that is no text, an entry that calls itself encrypted.
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, OSError, UnicodeDecodeError, RuntimeError) as error:
         return f"damaged ({size:,} bytes; {error})"
     return f"damaged: the checksum of its entry {damaged} does not fit ({size:,} bytes)" if damaged else ""
+
+
+def _is_misread(entry: zipfile.ZipInfo) -> bool:
+    """Whether torch reads an entry otherwise than Python does, which looks neither at its second size nor at its attributes.
+
+    With a second size that does not fit torch refuses it; what calls itself a folder it takes for memory that nobody has written.
+    """
+    is_stored = entry.compress_type == zipfile.ZIP_STORED
+    return (is_stored and entry.compress_size != entry.file_size) or bool(entry.external_attr & 0x10)
 
 
 def _fault_of_folder(folder: Path) -> str:
     manifest = folder / MANIFEST
     if not manifest.is_file():
-        has_metadata = (folder / "meta.pt").is_file() or any((folder / "checkpoint").glob("*model_states.pt"))
-        return "" if has_metadata else "a folder, but no checkpoint of FSDP, FSDP2 or DeepSpeed, or not a whole one"
+        files = [folder / "meta.pt", *sorted((folder / "checkpoint").glob("*model_states.pt"))]
+        metadata = next((path for path in files if path.is_file()), None)
+        if metadata is None:
+            return "a folder, but no checkpoint of FSDP, FSDP2 or DeepSpeed, or not a whole one"
+        wrong = _fault_of_file(metadata)
+        return f"{metadata.relative_to(folder).as_posix()} in it: {wrong}" if wrong else ""
     try:
         files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
         for name, (size, digest) in files.items():
@@ -120,8 +135,12 @@ def _fault_of_folder(folder: Path) -> str:
     return ""
 
 
-def check(path: Path) -> None:
+def check(path: Path, name: str = "") -> None:
     """Refuses a checkpoint that is not whole.
+
+    Args:
+        path: the checkpoint.
+        name: what the message calls it; its path unless given.
 
     Raises:
         CheckpointError: with what is wrong, and the newest whole one beside it.
@@ -129,9 +148,10 @@ def check(path: Path) -> None:
     wrong = fault(path)
     if not wrong:
         return
-    beside = [found for found in candidates(path if path.is_dir() else path.parent) if found != path and not fault(found)]
+    left = " It was left as it is." if path.is_file() else ""
+    beside = [found for place in (path, path.parent) for found in candidates(place) if found != path and not fault(found)]
     newest = f" Newest whole one there: {max(beside, key=lambda found: found.stat().st_mtime)}." if beside else ""
-    raise CheckpointError(f"{path}: {wrong}. It was left as it is.{newest}")
+    raise CheckpointError(f"{name or path}: {wrong}.{left}{newest}")
 
 
 def candidates(folder: Path) -> list[Path]:
@@ -142,27 +162,27 @@ def candidates(folder: Path) -> list[Path]:
     names = {path.name for path in found}
     for path in folder.iterdir():
         name, _, state = path.name.removeprefix(".").rpartition(".")
-        if state in ("partial", "old") and path.is_dir() and (path / MANIFEST).is_file() and name not in names:
+        is_complete = state == "old" or (state == "partial" and (path / MANIFEST).is_file())
+        if is_complete and path.is_dir() and name not in names:
             found.append(path)
     return sorted(found)
 
 
-def newest(folder: Path, step: Callable[[Path], int]) -> tuple[Path | None, dict[Path, str]]:
-    """The whole checkpoint that is furthest in training, and what is wrong with those that would be further.
+def newest(folder: Path, step: Callable[[Path], int | None]) -> tuple[Path | None, dict[Path, str]]:
+    """The whole checkpoint that is furthest in training, and what is wrong with those that may be further.
 
     Args:
         folder: where the checkpoints lie.
-        step: tells a checkpoint's global step; -1 for one that it cannot read.
+        step: tells a checkpoint's global step; ``None`` for one that it cannot read.
     """
     broken: dict[Path, str] = {}
-    whole: list[tuple[int, float, Path]] = []
-    for path in candidates(folder):
-        wrong = fault(path)
-        if wrong:
-            broken[path] = wrong
-        else:
-            whole.append((step(path), path.stat().st_mtime, path))
-    return (max(whole)[2] if whole else None), broken
+    steps = {path: step(path) for path in candidates(folder)}
+    for path in sorted(steps, key=lambda path: (steps[path] is None, steps[path] or 0, path.stat().st_mtime), reverse=True):
+        wrong = fault(path) or ("" if steps[path] is not None else "no checkpoint of a training")
+        if not wrong:
+            return path, broken
+        broken[path] = wrong
+    return None, broken
 
 
 def _digest(path: Path) -> str:

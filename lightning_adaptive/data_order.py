@@ -48,17 +48,19 @@ class OrderedLoader:
             _order=order,
             _samplers=samplers,
             _generators=given,
+            _seeds=[(sampler, sampler.seed) for sampler in samplers if isinstance(sampler, DistributedSampler)],
             _place=place,
             _before_batch=before_batch,
             own_seed=generator_seed if own_seed is None else own_seed,
             seed=0,
+            cycles=True,
         )
 
     def begin(self) -> Iterator[Any]:
         """An iterator over what is left of the epoch in which training stands."""
         epoch, done = self._place()
-        # A loader that is shorter than the epoch, beside a longer one, begins again within it.
-        turn, done = divmod(done, max(len(self._loader), 1))
+        # A loader that is shorter than the epoch, beside a longer one, begins again within it, or has ended by now.
+        turn, done = divmod(done, max(len(self._loader), 1)) if self.cycles else (0, done)
         for number, sampler in enumerate(self._samplers):
             if isinstance(sampler, DistributedSampler):
                 sampler.seed = self.seed
@@ -72,9 +74,11 @@ class OrderedLoader:
         return iter(self._iterated)
 
     def release(self) -> None:
-        """Gives the user's samplers their own generators back."""
+        """Gives the user's samplers their own generators and seeds back."""
         for sampler, generator in self._generators:
             sampler.generator = generator
+        for sampler, seed in self._seeds:
+            sampler.seed = seed
 
     def __iter__(self) -> Iterator[Any]:
         return _Batches(self)

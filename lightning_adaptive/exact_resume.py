@@ -240,6 +240,7 @@ class ExactResume(Callback):
                 self._seeds.append(mix(torch.initial_seed(), index) if own_seed is None else own_seed)
             if isinstance(loader, OrderedLoader):
                 loader.seed = self._seeds[index]
+                loader.cycles = getattr(trainer.fit_loop._combined_loader, "_mode", "") != "max_size"
         loop: Any = trainer.fit_loop
         return loop.epoch_progress.current.processed, loop.epoch_loop.batch_progress.current.ready
 

@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -93,9 +94,8 @@ class RunReport(Callback):
             self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
             self._batches += 1
         assert self._open is not None
-        first = self._open.end_step == 0
         self._open = replace(self._open, end_step=trainer.global_step)
-        if first and trainer.global_step > self._open.first_step:
+        if not self._open.lr_first and trainer.global_step > self._open.first_step:
             self._open = replace(self._open, lr_first=_floats(self._lrs), state_bytes=state_bytes(running_optimizer(trainer)))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -107,18 +107,22 @@ class RunReport(Callback):
         self._close()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"phases": [asdict(phase) for phase in self.phases]}
+        loss = None if self._loss is None else float(self._loss)
+        return {"phases": [asdict(phase) for phase in self.phases], "loss": loss, "batches": self._batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._closed = [PhaseReport(**phase) for phase in state_dict["phases"]]
+        self._loss = None if state_dict["loss"] is None else torch.tensor(state_dict["loss"])
+        self._batches = state_dict["batches"]
 
     def _begin(self, trainer: Trainer) -> None:
         self._close()
         number, switch = _phase_number(trainer), find_switch(trainer)
-        self._since, self._loss, self._batches = time.monotonic(), None, 0
+        self._since = time.monotonic()
         if self._closed and self._closed[-1].number == number:
             self._open = self._closed.pop()  # resumed within the phase
             return
+        self._loss, self._batches = None, 0
         optimizer = running_optimizer(trainer)
         config = trainer.lr_scheduler_configs[0] if trainer.lr_scheduler_configs else None
         self._open = PhaseReport(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -177,13 +176,15 @@ def switch() -> OptimizerSwitchCallback:
     return OptimizerSwitchCallback(at="1.5ep", optimizer=partial(SGD, lr=0.1, momentum=0.9), scheduler=Cosine())
 
 
-def run(case: Case, path: Path | None, seed: int, extra: Sequence[Callback] = ()) -> Ending:
+def run(
+    case: Case, path: Path | None, seed: int, extra: Sequence[Callback] = (), switched: Callable[[], Callback] = switch
+) -> Ending:
     """One run, resumed from a checkpoint or not."""
     warnings.simplefilter("ignore")
     seed_everything(seed, workers=True, verbose=False)
     ending = Ending()
-    callbacks: list[Callback] = [*([switch()] if case.switched else []), *([ExactResume()] if case.exact else []), ending, *extra]
-    distributed = {"strategy": STRATEGIES[case.strategy](), "devices": 2} if dist.is_torchelastic_launched() else {}
+    callbacks: list[Callback] = [*([switched()] if case.switched else []), *([ExactResume()] if case.exact else []), ending, *extra]
+    distributed = {"strategy": STRATEGIES[case.strategy](), "devices": 2} if case.strategy else {}
     options = {"max_epochs": 3, "accumulate_grad_batches": 2, "num_sanity_val_steps": 1, **case.options}
     runner = trainer(callbacks=callbacks, **distributed, **options)
     model = (RandomValidatedNet if case.validated else RandomNet)(case.module)

@@ -141,7 +141,7 @@ MISTAKES: list[tuple[str, str]] = [
     (
         "switch.att=3ep",
         "switch.att=3ep: there is no key 'att' in switch. Did you mean 'at'? "
-        "Keys: enabled, at, when, then, gradient_clip_val, optimizer, scheduler, param_groups, handover.",
+        "Keys: enabled, at, when, then, gradient_clip_val, on_resume, optimizer, scheduler, param_groups, handover.",
     ),
     (
         "sead=1",
@@ -225,9 +225,9 @@ def test_a_mistake_gets_one_line_and_code_2(arguments: str, message: str, train:
     ("content", "told"),
     [
         (None, "there is no such file."),
-        (b"", "is no checkpoint, or not a whole one (0 bytes). It was left as it is."),
-        (b"hello\n", "is no checkpoint, or not a whole one (6 bytes). It was left as it is."),
-        (b"PK\x05\x06" + 18 * b"\0", "is no checkpoint, or not a whole one (22 bytes). It was left as it is."),
+        (b"", "the file is empty. It was left as it is."),
+        (b"hello\n", "no checkpoint, or not a whole one (6 bytes). It was left as it is."),
+        (b"PK\x05\x06" + 18 * b"\0", "an archive, but no checkpoint (22 bytes). It was left as it is."),
     ],
     ids=["missing", "empty", "text", "another archive"],
 )
@@ -250,14 +250,16 @@ def test_a_truncated_checkpoint_gets_code_3_and_hears_of_a_whole_one(finished: F
     ended = train("ckpt_path=cut.ckpt")
     size = f"{len(whole) // 2:,} bytes"
     assert (
-        ended.err
-        == f"lightning-adaptive: ckpt_path=cut.ckpt: is no checkpoint, or not a whole one ({size}). It was left as it is.\n"
+        ended.err == f"lightning-adaptive: ckpt_path=cut.ckpt: no checkpoint, or not a whole one ({size}). It was left as it is.\n"
     )
     assert ended.code == 3
     assert train("ckpt_path=cut2.ckpt").err == (
-        "lightning-adaptive: ckpt_path=cut2.ckpt: there is no such file. Newest there: good.ckpt.\n"
+        "lightning-adaptive: ckpt_path=cut2.ckpt: there is no such file. Newest whole one there: good.ckpt.\n"
     )
-    assert train("ckpt_path=.").err == "lightning-adaptive: ckpt_path=.: is a folder, not a file. Newest there: good.ckpt.\n"
+    assert (
+        train("ckpt_path=.").err
+        == "lightning-adaptive: ckpt_path=.: a folder, but no checkpoint of FSDP, FSDP2 or DeepSpeed, or not a whole one. Newest whole one there: good.ckpt.\n"
+    )
     assert before.items() <= digests(tmp_path).items()
 
 

@@ -39,13 +39,15 @@ ARROWS: dict[str, set[str]] = {
     "app.interrupt": set(),
     "app.messages": {"errors"},
     "app.job": {"app.interrupt", "errors"},
+    "app.resume": {"checkpoints", "errors", "strategies"},
     "app.stop": {"app.interrupt", "strategies"},
     "app.progress": {"phases", "strategies", "switch"},
     "app.show": {"plan", "report"},
     "app.train": {
-        "app.job", "app.interrupt", "app.progress", "app.show", "app.stop", "errors", "config", "strategies", "hooks", "report",
+        "app.job", "app.interrupt", "app.progress", "app.resume", "app.show", "app.stop", "checkpoints", "errors", "config",
+        "strategies", "hooks", "report",
     },
-    "app.cli": {"errors", "app.messages"},
+    "app.cli": {"errors", "app.messages", "app.resume"},
     "__main__": {"app.cli"},
 }  # fmt: skip
 

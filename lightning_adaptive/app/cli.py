@@ -32,7 +32,7 @@ def main() -> None:
     if command not in COMMANDS:
         _fail(f"{command!r} is no command.{did_you_mean(command, COMMANDS)} Commands: {', '.join(COMMANDS)}.", 2)
     # Hydra must not see the sub-command; app/job.py puts it back for the processes that Lightning starts.
-    sys.argv = [sys.argv[0], *_quote_ckpt_path(_take_trust(arguments[1:]))]
+    sys.argv = [sys.argv[0], *_quote_ckpt_path(_with_settings(_take_trust(arguments[1:])))]
     # Hydra then raises its errors instead of printing them and exiting with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     from hydra.errors import CompactHydraException
@@ -75,6 +75,18 @@ def _take_trust(arguments: Sequence[str]) -> list[str]:
     if os.environ.get("LIGHTNING_ADAPTIVE_TRUST") and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # where a trusted package lies; a console script does not look there
     return rest
+
+
+def _with_settings(arguments: list[str]) -> list[str]:
+    if not any(argument.startswith("resume=") for argument in arguments):
+        return arguments
+    from lightning_adaptive.app.resume import with_settings
+
+    try:
+        return with_settings(arguments)
+    except UserError as error:
+        _fail(str(error), error.exit_code)
+        return []
 
 
 def _quote_ckpt_path(arguments: Sequence[str]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +11,10 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from hydra_plugins.lightning_adaptive import data_folder
-from lightning_adaptive.app import job
+from lightning_adaptive import checkpoints
+from lightning_adaptive.app import job, resume
 from lightning_adaptive.app.interrupt import Signals
-from lightning_adaptive.errors import CheckpointError, ConfigError
+from lightning_adaptive.errors import ConfigError
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -29,11 +29,21 @@ def main(config: DictConfig) -> float | None:
 
 
 def _train(config: DictConfig, signals: Signals) -> float | None:
-    checkpoint = _checkpoint(config.ckpt_path)
+    folder = Path(config.output_dir)
+    resume.lock(folder)
+    try:
+        return _train_in(folder, config, signals)
+    finally:
+        resume.unlock(folder)
+
+
+def _train_in(folder: Path, config: DictConfig, signals: Signals) -> float | None:
+    checkpoint, broken = _checkpoint(config, folder)
     _check_seed(config.seed)
     _require("rich", "matplotlib")
     import lightning.pytorch as pl
     from lightning.pytorch.callbacks import Checkpoint
+    from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
     from lightning_adaptive import config as build
     from lightning_adaptive import strategies
@@ -44,7 +54,6 @@ def _train(config: DictConfig, signals: Signals) -> float | None:
     from lightning_adaptive.report import RunReport
 
     _silence_noise()
-    folder = Path(config.output_dir)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     monitor = config.task.get("monitor")
     model = attach(
@@ -69,6 +78,11 @@ def _train(config: DictConfig, signals: Signals) -> float | None:
     if not any(isinstance(callback, Checkpoint) for callback in callbacks):
         options["enable_checkpointing"] = False  # or Lightning adds a callback for checkpoints of its own
     trainer = build.trainer(config.trainer, **options)
+    if config.resume and checkpoint is not None and trainer.is_global_zero:
+        step = int(strategies.read_metadata(checkpoint)["global_step"])
+        resume.keep_curves(trainer.loggers, step)
+        for line in (*broken, f"RESUMED from {checkpoint} (step {step})."):
+            rank_zero_info(line)
     try:
         trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         # Before the test, which loads the best checkpoint and with it the report's state of that time.
@@ -122,47 +136,23 @@ def _close(
     show_result(header, rows, test, folder)
 
 
-def _checkpoint(path: str | None) -> str | None:
-    """The checkpoint to resume from, looked at before anything is built.
+def _checkpoint(config: DictConfig, folder: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, looked at before anything is built; and a line for each newer one that is broken.
 
     Raises:
         CheckpointError: when it is missing or not whole.
+        ConfigError: when two are given.
     """
-    fault = "" if path is None else _fault(Path(path))
-    if fault:
-        raise CheckpointError(f"ckpt_path={path}: {fault}")
-    return path
-
-
-def _fault(path: Path) -> str:
-    """What keeps a path from being a checkpoint; empty when it is a whole one."""
-    file = _metadata_file(path)
-    if file is not None:
-        if _is_archive(file):
-            return ""
-        size = f"{file.stat().st_size:,} bytes" + (f" in {file.relative_to(path)}" if path.is_dir() else "")
-        return f"is no checkpoint, or not a whole one ({size}). It was left as it is."
-    folder = path if path.is_dir() else path.parent
-    whole = [found for found in folder.glob("*.ckpt") if (metadata := _metadata_file(found)) and _is_archive(metadata)]
-    newest = f" Newest there: {max(whole, key=lambda found: found.stat().st_mtime)}." if whole else ""
-    return ("is a folder, not a file." if path.is_dir() else "there is no such file.") + newest
-
-
-def _metadata_file(path: Path) -> Path | None:
-    """A checkpoint's only file, or of a folder the one that says what the others hold."""
-    if not path.is_dir():
-        return path if path.is_file() else None
-    from lightning_adaptive import strategies  # not before a folder asks for it: with torch it takes seconds
-
-    return strategies.metadata_file(path)
-
-
-def _is_archive(file: Path) -> bool:
-    """Whether a file is an archive as torch writes it, with its end, which comes last."""
-    if not zipfile.is_zipfile(file):
-        return False
-    with zipfile.ZipFile(file) as archive:
-        return any(name.endswith("/data.pkl") for name in archive.namelist())
+    if config.resume and config.ckpt_path:
+        raise ConfigError("resume goes on in a run's folder, ckpt_path in a new one. Give one of the two.", "ckpt_path")
+    if config.resume:
+        return resume.newest_checkpoint(folder)
+    if config.ckpt_path is None:
+        return None, []
+    path = Path(config.ckpt_path)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        checkpoints.check(path, f"ckpt_path={config.ckpt_path}")
+    return path, []
 
 
 def _check_seed(seed: Any) -> None:
