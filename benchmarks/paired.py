@@ -15,7 +15,7 @@ class Ratio:
 
     Args:
         name: what was compared.
-        goal: the ratio that it is meant to stay under.
+        goal: the ratio that it is meant to stay under, if there is one.
         median: median ratio.
         low: lower end of the interval of the median.
         high: upper end.
@@ -23,21 +23,21 @@ class Ratio:
     """
 
     name: str
-    goal: float
+    goal: float | None
     median: float
     low: float
     high: float
     pairs: int
 
     def __str__(self) -> str:
-        met = "yes" if self.median <= self.goal else "no"
-        return f"| {self.name} | {self.median:.3f} | {self.low:.3f} to {self.high:.3f} | {self.pairs} | {self.goal} | {met} |"
+        judged = "- | -" if self.goal is None else f"{self.goal} | {'yes' if self.median <= self.goal else 'no'}"
+        return f"| {self.name} | {self.median:.3f} | {self.low:.3f} to {self.high:.3f} | {self.pairs} | {judged} |"
 
 
 HEADER = "| A over B | ratio | 95 % interval | pairs | goal | met |\n|---|---|---|---|---|---|"
 
 
-def compare(name: str, ours: Callable[[], float], theirs: Callable[[], float], pairs: int, goal: float) -> Ratio:
+def compare(name: str, ours: Callable[[], float], theirs: Callable[[], float], pairs: int, goal: float | None = None) -> Ratio:
     """Measures both once as a warm-up, then in turn; each second pair begins with the other.
 
     Args:
@@ -45,7 +45,7 @@ def compare(name: str, ours: Callable[[], float], theirs: Callable[[], float], p
         ours: runs A and returns its seconds.
         theirs: runs B and returns its seconds.
         pairs: counted pairs.
-        goal: the ratio that it is meant to stay under.
+        goal: the ratio that it is meant to stay under, if there is one.
     """
     ours(), theirs()
     ratios = []

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -124,6 +127,7 @@ class ExactResume(Callback):
         self._boundary: States | None = None
         self._boundary_at = -1
         self._before_validation: States | None = None
+        self._saves_within_steps = False
         self._resumes = False
         self._left_at: _Place = "at a step"
         self._stop_checking: Callable[[], None] | None = None
@@ -137,6 +141,8 @@ class ExactResume(Callback):
         self._saved, self._resumes, self._left_at = None, False, "at a step"
         self._boundary, self._boundary_at, self._before_validation = None, -1, None
         self._loaders, self._doubts = [], []
+        if not trainer.global_step:
+            self._seeds = []  # another run than the one before, if there was one
         strategy: Any = trainer.strategy
         strategy.process_dataloader = functools.partial(self._take_loader, trainer)
         strategy.on_train_start = functools.partial(self._begin, trainer)
@@ -179,10 +185,10 @@ class ExactResume(Callback):
         self._saved = SavedState.from_dict(state_dict)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._let_go(trainer)
+        self._let_go(trainer, "process_dataloader", "on_train_start")  # callbacks that save on an exception come after this one
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._let_go(trainer)
+        self._let_go(trainer, "process_dataloader", "on_train_start", "save_checkpoint")
 
     # What is saved
 
@@ -206,7 +212,9 @@ class ExactResume(Callback):
         )
 
     def _before_batch(self, trainer: Trainer) -> None:
-        """Keeps the random states of each step's beginning, for a checkpoint that is written within the step."""
+        """Keeps the random states of each step's beginning, if a checkpoint may be written within the step."""
+        if not self._saves_within_steps and trainer.accumulate_grad_batches == 1:
+            return  # python's and numpy's states take longer to read than a small step has
         progress = trainer.fit_loop.epoch_loop.batch_progress
         number = progress.total.ready
         if progress.current.ready % trainer.accumulate_grad_batches == 0 and number != self._boundary_at:
@@ -249,6 +257,8 @@ class ExactResume(Callback):
     def _begin(self, trainer: Trainer) -> None:
         """Stands in place of the strategy's ``on_train_start``, which comes after everybody else's and before the first epoch."""
         type(trainer.strategy).on_train_start(trainer.strategy)
+        _first_process(trainer, functools.partial(_check_folders, trainer))
+        self._saves_within_steps = any(map(_may_save_on_exception, trainer.callbacks))  # type: ignore[attr-defined]
         self._say(self._doubts, ConfigError)
         if not self._resumes:
             return
@@ -256,10 +266,9 @@ class ExactResume(Callback):
         self._say(_doubts_of_resume(trainer, saved), CheckpointError)
         if saved is None:
             return
-        rank = trainer.global_rank
-        if rank < len(saved.seeds):
-            self._seeds = list(saved.seeds[rank])
-            random_states.give(_unpacked(saved.random[rank], trainer), trainer.strategy.root_device)
+        if len(saved.seeds) == trainer.world_size:  # else some processes would have other seeds for the order that they share
+            self._seeds = list(saved.seeds[trainer.global_rank])
+            random_states.give(_unpacked(saved.random[trainer.global_rank], trainer), trainer.strategy.root_device)
         self._go_on(trainer, saved)
 
     def _go_on(self, trainer: Trainer, saved: SavedState) -> None:
@@ -285,11 +294,12 @@ class ExactResume(Callback):
             raise error(f"this run cannot be resumed exactly, and ExactResume is strict: {' '.join(doubts)}")
         rank_zero_warn(f"This run cannot be resumed exactly: {' '.join(doubts)}")
 
-    def _let_go(self, trainer: Trainer) -> None:
+    def _let_go(self, trainer: Trainer, *names: str) -> None:
+        """Gives loaders and strategy back what is theirs; of the strategy the methods of these names."""
         for loader in self._loaders:
             loader.release()
         self._loaders = []
-        for name in ("process_dataloader", "on_train_start", "save_checkpoint"):
+        for name in names:
             vars(trainer.strategy).pop(name, None)
         if self._stop_checking is not None:
             self._stop_checking()
@@ -393,6 +403,12 @@ def _training_loaders(trainer: Trainer) -> list[Any]:
     return [] if combined is None else combined.flattened
 
 
+def _may_save_on_exception(callback: Callback) -> bool:
+    if isinstance(callback, ModelCheckpoint):
+        return bool(callback.save_on_exception)
+    return type(callback).on_exception is not Callback.on_exception and not type(callback).__module__.startswith(__package__)
+
+
 def _is_validation_due(trainer: Trainer) -> bool:
     fetcher = trainer.fit_loop._data_fetcher
     return fetcher is not None and bool(trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher))
@@ -451,11 +467,48 @@ def _seal(strategy: Any, folder: Path) -> None:
 
 
 def _check(trainer: Trainer, path: Path) -> None:
-    """Refuses a damaged checkpoint on every process, seen by the first."""
+    """Refuses a checkpoint that is damaged, or from which no run can go on."""
+    _first_process(trainer, functools.partial(_check_checkpoint, path))
+
+
+def _check_checkpoint(path: Path) -> None:
+    checkpoints.check(path)
+    try:
+        metadata = strategies.read_metadata(path)
+    except pickle.UnpicklingError:
+        return  # it holds more than plain types, which Lightning may be told to allow
+    except AttributeError:
+        metadata = {}  # no dictionary
+    if "pytorch-lightning_version" not in metadata:
+        raise CheckpointError(f"{path} is no checkpoint of a Lightning run. Use it as initial weights, without ckpt_path.")
+    if "lr_schedulers" not in metadata:
+        raise CheckpointError(
+            f"{path} holds no optimizer, since it was saved with save_weights_only. Use it as initial weights, without ckpt_path."
+        )
+
+
+def _check_folders(trainer: Trainer) -> None:
+    """Refuses folders for checkpoints in which nothing can be written, rather than after the first epoch."""
+    for folder in {str(getattr(callback, "dirpath", None) or "") for callback in trainer.checkpoint_callbacks}:
+        if folder and "://" not in folder:
+            try:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
+            except OSError as error:
+                raise CheckpointError(f"no checkpoint can be written in {folder}: {error.strerror}.") from error
+
+
+def _first_process(trainer: Trainer, check: Callable[[], None]) -> None:
+    """Runs a check on the first process; what it refuses is refused on every process.
+
+    Raises:
+        CheckpointError: as the check does.
+    """
     message = ""
     if trainer.is_global_zero:
         try:
-            checkpoints.check(path)
+            check()
         except CheckpointError as error:
             message = str(error)
     message = trainer.strategy.broadcast(message)

@@ -285,3 +285,15 @@ def _running() -> dict[int, tuple[int, int]]:
         if state != "Z":
             table[int(path.parent.name)] = int(parent), int(session)
     return table
+
+
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_rank_that_is_killed_ends_all_and_is_named(start: Callable[..., Command], rank: int) -> None:
+    command = start(*LONG, *PAIR)
+    command.wait_for(TRAINING)
+    killed = command._rank_1() if rank else command.process.pid
+    os.kill(killed, signal.SIGKILL)
+    assert command.end(30) == (1 if rank else -signal.SIGKILL)
+    if rank:
+        named = f"lightning-adaptive: rank 1 (process {killed}) was killed by SIGKILL, so the others ended too. "
+        assert f"{named}The run goes on with resume=last.\n" in command.text

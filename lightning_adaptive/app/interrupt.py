@@ -94,6 +94,20 @@ class Signals:
         codes = [process.poll() for process in self._all_processes()]
         return self.received or next((signum for signum in _SIGNALS if 128 + signum in codes), 0)
 
+    @property
+    def has_processes(self) -> bool:
+        """Whether this process started others."""
+        return bool(self._all_processes())
+
+    def lost(self) -> str:
+        """Which of the processes that this one started has ended badly, and how; empty if none has."""
+        for rank, process in enumerate(self._all_processes(), start=1):
+            code = process.poll()
+            if code:
+                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+                return f"rank {rank} (process {process.pid}) {how}"
+        return ""
+
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.received:
             return  # the thread counts
@@ -128,7 +142,7 @@ class Signals:
         for process in self._all_processes():
             process.kill()
         signum = code - 128
-        reason = str(Interrupted(signum)) if signum in _SIGNALS else f"ended: another process had ended with exit code {code}"
+        reason = str(Interrupted(signum)) if signum in _SIGNALS else f"ended, because {self.lost()}"
         with contextlib.suppress(OSError):
             if select.select([], [2], [], 0)[1]:  # the main thread may hold sys.stderr, and nobody may read
                 os.write(2, f"{reason}\n".encode())

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -77,10 +78,20 @@ def run(command: str, task: Callable[[DictConfig, Signals], float | None], confi
         except Exception as error:
             signum = signals.cause()
             if not signum:
+                _say_lost(signals)
                 raise
             # What followed from a signal that this process, or one that it started, could not save for.
             _say(f"{Interrupted(signum)} ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
             _exit(128 + signum)
+
+
+def _say_lost(signals: Signals) -> None:
+    """Names the process that has failed; what this one saw of it is a broken connection."""
+    deadline = time.monotonic() + 1
+    while not (lost := signals.lost()) and signals.has_processes and time.monotonic() < deadline:
+        time.sleep(0.05)  # its end is seen over the connection first
+    if lost:
+        _say(f"lightning-adaptive: {lost}, so the others ended too. The run goes on with resume=last.")
 
 
 def _is_first() -> bool:
