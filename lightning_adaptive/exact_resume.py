@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -127,7 +126,6 @@ class ExactResume(Callback):
         self._boundary: States | None = None
         self._boundary_at = -1
         self._before_validation: States | None = None
-        self._saves_within_steps = False
         self._resumes = False
         self._left_at: _Place = "at a step"
         self._stop_checking: Callable[[], None] | None = None
@@ -212,9 +210,7 @@ class ExactResume(Callback):
         )
 
     def _before_batch(self, trainer: Trainer) -> None:
-        """Keeps the random states of each step's beginning, if a checkpoint may be written within the step."""
-        if not self._saves_within_steps and trainer.accumulate_grad_batches == 1:
-            return  # python's and numpy's states take longer to read than a small step has
+        """Keeps the random states of each step's beginning, for a checkpoint that is written within the step."""
         progress = trainer.fit_loop.epoch_loop.batch_progress
         number = progress.total.ready
         if progress.current.ready % trainer.accumulate_grad_batches == 0 and number != self._boundary_at:
@@ -258,7 +254,6 @@ class ExactResume(Callback):
         """Stands in place of the strategy's ``on_train_start``, which comes after everybody else's and before the first epoch."""
         type(trainer.strategy).on_train_start(trainer.strategy)
         _first_process(trainer, functools.partial(_check_folders, trainer))
-        self._saves_within_steps = any(map(_may_save_on_exception, trainer.callbacks))  # type: ignore[attr-defined]
         self._say(self._doubts, ConfigError)
         if not self._resumes:
             return
@@ -401,12 +396,6 @@ def _gathered(trainer: Trainer, values: Tensor) -> Tensor:
 def _training_loaders(trainer: Trainer) -> list[Any]:
     combined = trainer.fit_loop._combined_loader
     return [] if combined is None else combined.flattened
-
-
-def _may_save_on_exception(callback: Callback) -> bool:
-    if isinstance(callback, ModelCheckpoint):
-        return bool(callback.save_on_exception)
-    return type(callback).on_exception is not Callback.on_exception and not type(callback).__module__.startswith(__package__)
 
 
 def _is_validation_due(trainer: Trainer) -> bool:

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,8 +77,13 @@ def weights(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def digest(module: nn.Module) -> str:
     """A hash of all weights, bit for bit."""
+    return digest_of(module.state_dict())
+
+
+def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    """A hash of tensors and their names, bit for bit."""
     hashed = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         hashed.update(name.encode())
         hashed.update(tensor.detach().contiguous().numpy().tobytes())
     return hashed.hexdigest()[:16]

@@ -62,7 +62,7 @@ FOREIGN: dict[str, set[str]] = {
     "random_states": {"torch", "numpy"},
     "data_order": {"torch"},
     "checkpoints": set(),
-    "strategies": {"torch", "lightning"},
+    "strategies": {"torch", "lightning", "deepspeed"},
     "exact_resume": {"torch", "lightning"},
     "settings": {"torch"},
     "switch": {"torch", "lightning"},

@@ -60,7 +60,7 @@ OURS = [words for words in commands() if words[0] == "lightning-adaptive"]
 
 def test_every_command_is_one_that_is_tested_here() -> None:
     assert {words[0] for words in commands()} == {"make", "lightning-adaptive"}
-    assert len(OURS) == 7
+    assert len(OURS) == 8
     assert "lightning-adaptive train ... ckpt_path=RUN/checkpoints/interrupted.ckpt" in README  # tests/test_signals.py runs it
 
 
@@ -78,11 +78,13 @@ def test_a_command_of_the_readme(words: list[str], tmp_path: Path) -> None:
         (tmp_path / "conf" / "task").mkdir(parents=True)
         [yaml] = blocks(README, "yaml")
         (tmp_path / "conf" / "task" / "mine.yaml").write_text(yaml, encoding="utf-8")
+    if "resume=last" in words:
+        assert command(["train", "recipe=digits_adam_to_sgd", "trainer.max_epochs=2"], tmp_path).returncode == 0
     ended = command(words[1:], tmp_path)
     assert ended.returncode == 0, ended.stderr
     results = list(tmp_path.rglob("result.json"))
     assert len(results) == (3 if "-m" in words else 1)
-    assert ("SWITCH" in ended.stderr) == ("switch=none" not in words)
+    assert ("SWITCH" in ended.stderr) == ("switch=none" not in words and "resume=last" not in words)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,8 @@ def python_blocks() -> dict[str, str]:
 def test_a_script_of_the_readme(name: str, tmp_path: Path) -> None:
     script = python_blocks()[name]
     assert len([line for line in script.splitlines() if line.strip() and not line.startswith("#")]) <= 30
-    (tmp_path / name).write_text(script, encoding="utf-8")
+    for other, text in python_blocks().items():
+        (tmp_path / other).write_text(text, encoding="utf-8")
     ended = subprocess.run(
         [sys.executable, name],
         cwd=tmp_path,

@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from torch.optim import LBFGS, SGD, AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
@@ -508,3 +508,34 @@ def test_a_checkpoint_from_before_the_callback_was_used_switches_now_or_later(at
     with counted_steps() as counts:
         resumed(tmp_path, 2, switch={"at": at})
     assert counts == +Counter({"Adam": first_sgd_step - 24, "SGD": 48 - first_sgd_step})
+
+
+class NeverAveraged(EMAWeightAveraging):
+    """Takes the first weights for the average, so that a run which averages must end elsewhere."""
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("case", ["scheduled", "mid-epoch", "validated"])
+@pytest.mark.parametrize(
+    "averaging",
+    [
+        partial(EMAWeightAveraging, decay=0.9),
+        partial(EMAWeightAveraging, decay=0.5, update_every_n_steps=3, update_starting_at_step=10),
+        WeightAveraging,
+    ],
+    ids=["every step", "every third step", "plain mean"],
+)
+def test_weights_averaged_across_a_switch_resume_to_the_same_average(
+    averaging: Callable[[], WeightAveraging], case: str, tmp_path: Path
+) -> None:
+    """What is compared is the average, which the callback puts into the module at the end."""
+    reference, counts = run(CASES[case], tmp_path, extra=(averaging(),))
+    assert counts == steps_of(CASES[case], 0, steps_per_epoch=8)
+    last, first = run(CASES[case], tmp_path / "last")[0], run(CASES[case], tmp_path / "first", extra=(NeverAveraged(),))[0]
+    assert len({reference, last, first}) == 3
+    for epoch in range(EPOCHS - 1):
+        weights, counts = run(CASES[case], tmp_path, tmp_path / f"epoch{epoch}.ckpt", seed=2, extra=(averaging(),))
+        assert counts == steps_of(CASES[case], epoch + 1, steps_per_epoch=8)
+        assert weights == reference, f"from epoch {epoch + 1}"

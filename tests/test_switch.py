@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy
@@ -674,3 +674,28 @@ def test_an_empty_slot_of_a_config_means_its_default() -> None:
     assert switch.scheduler is None
     assert isinstance(switch.param_groups, Inherit)
     assert switch.handover == Handover()
+
+
+class MyAveraging(StochasticWeightAveraging):
+    """One's own is meant as well."""
+
+
+@pytest.mark.parametrize("kind", [StochasticWeightAveraging, MyAveraging])
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_lightnings_weight_averaging_that_replaces_schedulers_is_refused(kind: type[Callback], first: bool) -> None:
+    switch, averaging = OptimizerSwitchCallback(at="2ep", optimizer=TO_SGD), kind(swa_lrs=1e-2)
+    runner = trainer(max_epochs=4, callbacks=[averaging, switch] if first else [switch, averaging])
+    with counted_steps() as counts, pytest.raises(ConfigError) as caught:
+        runner.fit(Net(), loader())
+    assert str(caught.value) == (
+        f"callbacks: {kind.__name__} and OptimizerSwitchCallback both replace the scheduler during training, so one would undo the "
+        "other. Remove one of them; weights are averaged without a scheduler by lightning's WeightAveraging or EMAWeightAveraging."
+    )
+    assert counts == {}
+
+
+def test_a_disabled_switch_leaves_weight_averaging_alone() -> None:
+    averaging = StochasticWeightAveraging(swa_lrs=1e-2)
+    with counted_steps() as counts:
+        trainer(max_epochs=4, callbacks=[averaging, OptimizerSwitchCallback(enabled=False)]).fit(Net(), loader())
+    assert counts["Adam"] == 32
