@@ -254,7 +254,7 @@ class ExactResume(Callback):
         """Stands in place of the strategy's ``on_train_start``, which comes after everybody else's and before the first epoch."""
         type(trainer.strategy).on_train_start(trainer.strategy)
         _first_process(trainer, functools.partial(_check_folders, trainer))
-        self._say(self._doubts, ConfigError)
+        self._say([*self._doubts, *_doubts_of_optimizers(trainer)], ConfigError)
         if not self._resumes:
             return
         saved, self._saved = self._saved, None
@@ -351,6 +351,15 @@ def _begin_validation(progress: dict[str, Any]) -> None:
     progress["current"] = {**dict.fromkeys(progress["current"], 0), "ready": 1, "started": 1}
     progress["total"] = dict(progress["current"])
     progress["is_last_batch"] = False
+
+
+def _doubts_of_optimizers(trainer: Trainer) -> list[str]:
+    """Optimizers that have weights of their own for an evaluation, as those of schedulefree, which the module changes to and back."""
+    rounding = {type(optimizer).__name__ for optimizer in trainer.optimizers if callable(getattr(optimizer, "eval", None))}
+    if not rounding or not trainer.enable_validation:
+        return []
+    names = " and ".join(sorted(rounding))
+    return [f"{names} changes the weights for a validation and back, which rounds by about 3e-8. Validate as often on resume."]
 
 
 def _doubts_of_resume(trainer: Trainer, saved: SavedState | None) -> list[str]:

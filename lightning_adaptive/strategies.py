@@ -119,6 +119,12 @@ def opens_accumulation_window(trainer: Trainer, batch_idx: int) -> bool:
     return batch_idx % trainer.accumulate_grad_batches == 0
 
 
+def loss_scale(trainer: Trainer) -> float | None:
+    """The factor by which 16-bit mixed precision scales the loss now; ``None`` where it does not. Waits for the device."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return None if scaler is None else float(scaler.get_scale())
+
+
 def parameter_names(module: LightningModule) -> dict[int, str]:
     """Names of the module's parameters by ``id``; a tied parameter has the first of its names."""
     return {id(parameter): _plain(name) for name, parameter in module.named_parameters()}

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -175,6 +175,7 @@ class OptimizerSwitchCallback(Callback):
         self._stop_reading: Callable[[], None] | None = None
         self._fitting = True
         self._saved: SwitchState | None = None
+        self._scale: float | None = None
         self._first: Settings = {}
         self._options: list[dict[str, Any]] = []
         if not enabled:
@@ -273,6 +274,15 @@ class OptimizerSwitchCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._is_due(trainer, batch_idx):
             self._switch(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._scale is not None and trainer.global_step > self.first_step:
+            before, self._scale = self._scale, None
+            if strategies.loss_scale(trainer) < before:  # type: ignore[operator] # there was one before
+                rank_zero_info(
+                    f"The first step of {self._state.optimizer} (step {self.first_step}) was skipped, because its gradients were "
+                    "not finite. It counts as a step."
+                )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._let_go(trainer)
@@ -399,6 +409,7 @@ class OptimizerSwitchCallback(Callback):
         after = f"{phases.describe(phase.optimizer)} ({_lr_rule(switch.handover, phase.optimizer)})"
         self._exchange(trainer, phase, state)
         self._moments = self._moments[1:]
+        self._scale = strategies.loss_scale(trainer)
         fate = "freed" if old() is None else "still held elsewhere"
         schedule = phases.describe_schedule(phase.lr_scheduler["scheduler"])
         facts = [schedule, f"momentum {switch.handover.momentum}", f"{fate} {format_bytes(freed)}", *phase.notes]
@@ -437,7 +448,10 @@ class OptimizerSwitchCallback(Callback):
 
     def _log_phase(self, trainer: Trainer) -> None:
         for logger in trainer.loggers:
-            logger.log_metrics({"phase": self.phase}, step=trainer.global_step)
+            try:
+                logger.log_metrics({"phase": self.phase}, step=trainer.global_step)
+            except Exception as error:  # noqa: BLE001 - a logger may raise anything; a training of a week goes on
+                rank_zero_warn(f"{type(logger).__name__} could not log the phase: {error!r}. Training goes on.")
 
     # Resume and end
 

@@ -8,6 +8,7 @@ import functools
 import os
 import pickle
 import random
+import re
 import shutil
 import tempfile
 import time
@@ -34,7 +35,7 @@ from lightning_adaptive.strategies import read_metadata
 from tests.exactness import Augmented, RandomNet, RandomValidatedNet, SaveAtEachMoment
 from tests.faults import FORKS
 from tests.pair import Pair
-from tests.support import Net, dataset, digest, loader, trainer
+from tests.support import Net, ValidatedNet, dataset, digest, loader, trainer
 
 pytestmark = [
     # A resumed run saves nothing here.
@@ -818,3 +819,25 @@ def test_without_it_a_kill_leaves_a_broken_checkpoint(tmp_path: Path, memory: Pa
         if broken[-1]:
             return
     pytest.fail(f"none of {len(broken)} kills broke a checkpoint")
+
+
+class Averaging(torch.optim.SGD):
+    """Has weights of its own for an evaluation, as the optimizers of schedulefree."""
+
+    def eval(self) -> None:
+        """Would change to them."""
+
+
+class AveragingNet(ValidatedNet):
+    def configure_optimizers(self) -> Any:
+        return Averaging(self.parameters(), lr=0.1)
+
+
+def test_an_optimizer_that_rounds_with_each_validation_is_said() -> None:
+    message = (
+        "This run cannot be resumed exactly: Averaging changes the weights for a validation and back, which rounds by about 3e-8. "
+        "Validate as often on resume."
+    )
+    with pytest.warns(UserWarning, match=re.escape(message)):
+        trainer(max_epochs=1, callbacks=[ExactResume()]).fit(AveragingNet(), loader(), loader())
+    trainer(max_epochs=1, callbacks=[ExactResume()]).fit(AveragingNet(), loader())  # without validation nothing is said
