@@ -354,7 +354,7 @@ def _begin_validation(progress: dict[str, Any]) -> None:
 
 
 def _doubts_of_optimizers(trainer: Trainer) -> list[str]:
-    """Optimizers that have weights of their own for an evaluation, as those of schedulefree, which the module changes to and back."""
+    """Optimizers with weights of their own for an evaluation, as those of schedulefree, to which the module changes and back."""
     rounding = {type(optimizer).__name__ for optimizer in trainer.optimizers if callable(getattr(optimizer, "eval", None))}
     if not rounding or not trainer.enable_validation:
         return []

@@ -249,9 +249,8 @@ def test_a_truncated_checkpoint_gets_code_3_and_hears_of_a_whole_one(finished: F
     before = digests(tmp_path)
     ended = train("ckpt_path=cut.ckpt")
     size = f"{len(whole) // 2:,} bytes"
-    assert (
-        ended.err == f"lightning-adaptive: ckpt_path=cut.ckpt: no checkpoint, or not a whole one ({size}). It was left as it is.\n"
-    )
+    cut = f"lightning-adaptive: ckpt_path=cut.ckpt: no checkpoint, or not a whole one ({size}). It was left as it is."
+    assert ended.err == f"{cut} Newest whole one there: good.ckpt.\n"
     assert ended.code == 3
     assert train("ckpt_path=cut2.ckpt").err == (
         "lightning-adaptive: ckpt_path=cut2.ckpt: there is no such file. Newest whole one there: good.ckpt.\n"

@@ -840,4 +840,5 @@ def test_an_optimizer_that_rounds_with_each_validation_is_said() -> None:
     )
     with pytest.warns(UserWarning, match=re.escape(message)):
         trainer(max_epochs=1, callbacks=[ExactResume()]).fit(AveragingNet(), loader(), loader())
-    trainer(max_epochs=1, callbacks=[ExactResume()]).fit(AveragingNet(), loader())  # without validation nothing is said
+    # Without validation nothing is said.
+    trainer(max_epochs=1, limit_val_batches=0, callbacks=[ExactResume()]).fit(AveragingNet(), loader(), loader())
