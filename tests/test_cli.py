@@ -146,7 +146,7 @@ MISTAKES: list[tuple[str, str]] = [
     (
         "sead=1",
         "sead=1: there is no key 'sead'. Did you mean 'seed'? Keys: task, optimizer, scheduler, param_groups, switch, trainer, "
-        "logger, callbacks, seed, ckpt_path, test, study, output_dir.",
+        "logger, callbacks, seed, resume, ckpt_path, test, study, output_dir.",
     ),
     # What Hydra cannot read.
     ("switch.at", "switch.at: cannot be read. Write key=value, and quote a value with special characters: \"key='a=b'\"."),

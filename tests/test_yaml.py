@@ -140,7 +140,7 @@ def test_a_file_composes_where_it_belongs(path: Path, composed: Any) -> None:
     assert isinstance(whole, DictConfig)
     assert set(whole) == {
         *("task", "optimizer", "scheduler", "param_groups", "switch", "trainer", "logger", "callbacks"),
-        *("seed", "ckpt_path", "test", "study", "output_dir"),
+        *("seed", "resume", "ckpt_path", "test", "study", "output_dir"),
     }
 
 
@@ -308,7 +308,7 @@ def test_a_logger_builds_or_says_which_package_it_needs(name: str, composed: Any
 @pytest.mark.parametrize("name", names("callbacks"))
 def test_callbacks_build(name: str, composed: Any) -> None:
     built = [type(callback).__name__ for callback in config.callbacks(composed(f"callbacks={name}").callbacks)]
-    assert built == {"default": ["ModelCheckpoint", "LearningRateMonitor"], "none": []}[name]
+    assert built == {"default": ["ModelCheckpoint", "ModelCheckpoint", "ExactResume", "LearningRateMonitor"], "none": []}[name]
 
 
 @pytest.mark.parametrize("name", names("task"))
