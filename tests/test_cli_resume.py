@@ -91,6 +91,7 @@ def test_a_killed_run_of_two_processes_goes_on(tmp_path: Path) -> None:
     assert result(folder_of(killed)) == result(folder_of(whole))
 
 
+@pytest.mark.slow
 def test_a_broken_checkpoint_is_named_and_the_one_before_it_taken(uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "outputs" / "run"
     shutil.copytree(uninterrupted, folder)

@@ -31,7 +31,10 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn", "ddp_fork", pytest.param("ddp_notebook", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "strategy",
+    ["ddp", "ddp_spawn", pytest.param("ddp_fork", marks=pytest.mark.slow), pytest.param("ddp_notebook", marks=pytest.mark.slow)],
+)
 def test_a_script_switches_on_both_ranks(strategy: str, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT.format(strategy=strategy), encoding="utf-8")
     ended = subprocess.run(

@@ -18,9 +18,7 @@ def ended_of(kind: str) -> list[Any]:
 
 @pytest.mark.parametrize("kind", ["one process", "ddp", "fsdp2"])
 def test_a_run_that_is_killed_three_times_ends_as_if_it_had_not_been(kind: str) -> None:
-    for seed in range(2):
-        found = chain(KINDS[kind], plan(random.Random(seed), 3), ended_of(kind), seed=50 + seed)
-        assert len(found) == 3
+    assert len(chain(KINDS[kind], plan(random.Random(kind), 3), ended_of(kind), seed=50)) == 3
 
 
 QUICK = {"one process": SEAMS, "ddp": ("after build", "in exchange"), "fsdp2": ("in exchange",), "zero-2": ("after exchange",)}
