@@ -9,6 +9,7 @@ import contextlib
 import functools
 import inspect
 import math
+import pickle
 import signal
 import subprocess
 import threading
@@ -507,6 +508,14 @@ def read_metadata(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no checkpoint: neither a file nor a folder of FSDP, FSDP2 or DeepSpeed.")
     checkpoint = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     return {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states", "module")}
+
+
+def saved_step(path: Path) -> int | None:
+    """The global step at which a checkpoint was written; ``None`` when it cannot be read."""
+    try:
+        return int(read_metadata(path)["global_step"])
+    except (RuntimeError, OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, pickle.UnpicklingError):
+        return None
 
 
 def metadata_file(path: Path) -> Path | None:

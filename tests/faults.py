@@ -27,7 +27,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import SGD
 
 from lightning_adaptive import Cosine, OptimizerSwitchCallback, checkpoints, strategies
-from lightning_adaptive.strategies import read_metadata
+from lightning_adaptive.strategies import saved_step
 from tests.exactness import Case, run
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -158,10 +158,6 @@ def start(
     return jobs
 
 
-def step_of(path: Path) -> int:
-    return int(read_metadata(path)["global_step"])
-
-
 def ended(folder: Path, jobs: Sequence[BaseProcess], timeout: float = 120) -> list[Any]:
     """What each process ended with."""
     for job in jobs:
@@ -205,9 +201,9 @@ def chain(case: Case, kills: Sequence[tuple[int, float]], reference: list[Any], 
                 job.kill()
             for job in jobs:
                 job.join()
-            path, broken = checkpoints.newest(folder / "checkpoints", step_of)
+            path, broken = checkpoints.newest(folder / "checkpoints", saved_step)
             assert not broken, f"a checkpoint is broken: {broken}"
-            found.append(f"step {step_of(path)}" if path else "nothing yet")
+            found.append(f"step {saved_step(path)}" if path else "nothing yet")
             if not was_alive:
                 found[-1] += ", after the end"
         jobs = start(case, folder, path, seed + len(kills))
@@ -230,7 +226,7 @@ def broken_at(case: Case, seam: str, fault: str, reference: list[Any]) -> None:
         for job in jobs:
             job.join(60)
         assert all(job.exitcode not in (0, None) for job in jobs), f"{[job.exitcode for job in jobs]}: it did not break"
-        path, broken = checkpoints.newest(folder / "checkpoints", step_of)
+        path, broken = checkpoints.newest(folder / "checkpoints", saved_step)
         assert path is not None
         assert not broken
         got = ended(folder, start(case, folder, path, 70))

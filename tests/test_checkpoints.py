@@ -17,7 +17,7 @@ import torch
 
 from lightning_adaptive import CheckpointError, checkpoints
 from lightning_adaptive.checkpoints import MANIFEST
-from lightning_adaptive.strategies import read_metadata
+from lightning_adaptive.strategies import saved_step
 from tests.support import Net
 
 
@@ -47,14 +47,6 @@ def write_link_to_file(path: Path, step: int) -> None:
 def write_link_to_folder(path: Path, step: int) -> None:
     write_folder(path.with_name("linked.ckpt"), step)
     path.symlink_to("linked.ckpt")
-
-
-def step_of(path: Path) -> int | None:
-    """As `checkpoints.newest` asks for it."""
-    try:
-        return int(read_metadata(path)["global_step"])
-    except Exception:  # noqa: BLE001 - whatever the file is
-        return None
 
 
 def names(folder: Path) -> list[str]:
@@ -323,8 +315,8 @@ def test_the_newest_is_furthest_in_training_then_youngest_and_never_broken(tmp_p
         write_file(path, step)
         os.utime(path, (1e9 - age, 1e9 - age))
     (tmp_path / "d.ckpt").write_bytes(b"")
-    assert checkpoints.newest(tmp_path, step_of) == (tmp_path / "b.ckpt", {tmp_path / "d.ckpt": "the file is empty"})
-    assert checkpoints.newest(tmp_path / "none", step_of) == (None, {})
+    assert checkpoints.newest(tmp_path, saved_step) == (tmp_path / "b.ckpt", {tmp_path / "d.ckpt": "the file is empty"})
+    assert checkpoints.newest(tmp_path / "none", saved_step) == (None, {})
 
 
 # A crash while one is written
@@ -400,12 +392,12 @@ def test_a_crash_at_any_operation_leaves_a_whole_checkpoint_that_is_found(replac
     crashes = 0
     for number in crash_everywhere(WRITERS[written], first, second, 2):
         crashes += 1
-        found, _ = checkpoints.newest(second, step_of)
+        found, _ = checkpoints.newest(second, saved_step)
         assert found is not None, f"after a crash at operation {number}: {names(second)}"
-        assert step_of(found) in (1, 2)
+        assert saved_step(found) in (1, 2)
     assert crashes >= 4
     save(WRITERS[written], second / "last.ckpt", 2)
-    assert step_of(second / "last.ckpt") == 2
+    assert saved_step(second / "last.ckpt") == 2
 
 
 @pytest.mark.parametrize("kind", ["file", pytest.param("folder", marks=pytest.mark.slow)])
@@ -418,11 +410,11 @@ def test_two_crashes_in_a_row_leave_a_whole_checkpoint_that_is_found(kind: str, 
     for number in crash_everywhere(write, first, second, 2):
         for other in crash_everywhere(write, second, third, 3):
             crashes += 1
-            found, _ = checkpoints.newest(third, step_of)
+            found, _ = checkpoints.newest(third, saved_step)
             assert found is not None, f"after crashes at operations {number} and {other}: {names(third)}"
-            assert step_of(found) in (1, 2, 3)
+            assert saved_step(found) in (1, 2, 3)
         assert names(third) == ["last.ckpt"]  # the save that went well has cleaned up
-        assert step_of(third / "last.ckpt") == 3
+        assert saved_step(third / "last.ckpt") == 3
     assert crashes >= 16
 
 
@@ -434,10 +426,10 @@ def test_a_checkpoint_takes_the_place_of_what_has_its_name(replaced: str, writte
     save(WRITERS[written], target, 2)
     assert checkpoints.fault(target) == ""
     assert not target.is_symlink()
-    assert step_of(target) == 2
+    assert saved_step(target) == 2
     assert names(tmp_path) == (["last.ckpt", "linked.ckpt"] if "link" in replaced else ["last.ckpt"])
     if "link" in replaced:
-        assert step_of(tmp_path / "linked.ckpt") == 1  # what it led to is another checkpoint
+        assert saved_step(tmp_path / "linked.ckpt") == 1  # what it led to is another checkpoint
 
 
 @pytest.mark.parametrize("written", WRITERS)

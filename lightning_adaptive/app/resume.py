@@ -110,12 +110,9 @@ def newest_checkpoint(folder: Path) -> tuple[Path, list[str]]:
     """
 
     def step(path: Path) -> int | None:
-        from lightning_adaptive.strategies import read_metadata  # not for an empty folder: with torch it takes seconds
+        from lightning_adaptive.strategies import saved_step  # not for an empty folder: with torch it takes seconds
 
-        try:
-            return int(read_metadata(path)["global_step"])
-        except (RuntimeError, OSError, KeyError, ValueError, EOFError):
-            return None
+        return saved_step(path)
 
     found, broken = checkpoints.newest(folder / "checkpoints", step)
     lines = [f"{path}: {wrong}." for path, wrong in broken.items()]
