@@ -18,6 +18,7 @@ from pathlib import Path
 from lightning_adaptive.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+METADATA = "meta.pt"  # of FSDP and FSDP2, as Lightning calls it
 _DIGEST = "blake2b"
 
 
@@ -113,11 +114,22 @@ def _is_misread(entry: zipfile.ZipInfo) -> bool:
     return (is_stored and entry.compress_size != entry.file_size) or bool(entry.external_attr & 0x10)
 
 
+def metadata_file(path: Path) -> Path | None:
+    """The file of a checkpoint that holds everything but weights and optimizer state, if it is there.
+
+    Args:
+        path: a file, or a folder as FSDP and FSDP2 (``meta.pt``) or DeepSpeed (``checkpoint/*model_states.pt``) leave it.
+    """
+    if not path.is_dir():
+        return path if path.is_file() else None
+    states = sorted((path / "checkpoint").glob("*model_states.pt"))
+    return next((file for file in (path / METADATA, *states) if file.is_file()), None)
+
+
 def _fault_of_folder(folder: Path) -> str:
     manifest = folder / MANIFEST
     if not manifest.is_file():
-        files = [folder / "meta.pt", *sorted((folder / "checkpoint").glob("*model_states.pt"))]
-        metadata = next((path for path in files if path.is_file()), None)
+        metadata = metadata_file(folder)
         if metadata is None:
             return "a folder, but no checkpoint of FSDP, FSDP2 or DeepSpeed, or not a whole one"
         wrong = _fault_of_file(metadata)

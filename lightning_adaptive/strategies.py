@@ -22,7 +22,6 @@ import lightning
 import torch
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import (
@@ -38,6 +37,7 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from lightning_adaptive.checkpoints import metadata_file
 from lightning_adaptive.durations import Clock
 from lightning_adaptive.errors import CheckpointError, ConfigError
 
@@ -516,14 +516,6 @@ def saved_step(path: Path) -> int | None:
         return int(read_metadata(path)["global_step"])
     except (RuntimeError, OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, pickle.UnpicklingError):
         return None
-
-
-def metadata_file(path: Path) -> Path | None:
-    """The file of a checkpoint that holds everything but weights and optimizer state, if it is there."""
-    if not path.is_dir():
-        return path if path.is_file() else None
-    states = sorted((path / "checkpoint").glob("*model_states.pt"))
-    return next((file for file in (path / _METADATA_FILENAME, *states) if file.is_file()), None)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import pytest
 import torch
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
+from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops.loop import _Loop
@@ -24,6 +25,7 @@ from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.optim import SGD
 
+from lightning_adaptive.checkpoints import METADATA
 from lightning_adaptive.strategies import SEEN, read_metadata, warn_if_unseen
 from tests.cpu_strategies import STRATEGIES, ShardableNet
 from tests.pair import Pair
@@ -54,6 +56,10 @@ def saved_folders(folder: Path) -> dict[str, bool]:
         metadata = read_metadata(folder / name / "saved.ckpt")
         found[name] = {"epoch", "global_step", "loops", "callbacks"} <= metadata.keys() and "state_dict" not in metadata
     return found
+
+
+def test_lightning_calls_the_metadata_as_we_do() -> None:
+    assert _METADATA_FILENAME == METADATA
 
 
 def test_names_of_deepspeed(pair: Pair) -> None:

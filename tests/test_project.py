@@ -27,7 +27,7 @@ ARROWS: dict[str, set[str]] = {
     "random_states": set(),
     "data_order": {"random_states"},
     "checkpoints": {"errors"},
-    "strategies": {"durations", "errors"},
+    "strategies": {"checkpoints", "durations", "errors"},
     "exact_resume": {"checkpoints", "data_order", "errors", "random_states", "strategies"},
     "settings": {"schedules"},
     "switch": {"phases", "settings", "strategies", "durations", "errors", "handover", "param_groups", "schedules"},
