@@ -8,16 +8,15 @@ built, or kept as a factory where the slot needs one.
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import inspect
 import math
-import os
 import pkgutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
+import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from lightning_adaptive import trust
 from lightning_adaptive.errors import ConfigError, ConfigTypeError, did_you_mean
 from lightning_adaptive.handover import Handover
 from lightning_adaptive.param_groups import Inherit, ParamGroups
@@ -35,12 +35,8 @@ from lightning_adaptive.phases import OptimizerFactory, SchedulerConfig, Schedul
 from lightning_adaptive.schedules import Schedule
 from lightning_adaptive.switch import OptimizerSwitchCallback
 
-TRUST_VARIABLE = "LIGHTNING_ADAPTIVE_TRUST"
-"""Environment variable with the names, separated by colons, of packages outside the installed ones that a config may name."""
-
 Node = Mapping[str, Any]
 
-_ALWAYS_INSTALLED = ("torch", "lightning", "torchmetrics", "lightning_adaptive")
 _HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_")
 _SCHEDULERS = (Schedule, LRScheduler, ReduceLROnPlateau)
 _GROUPS = {"then": "switch", "when": "trigger"}
@@ -57,8 +53,8 @@ def scheduler(value: Any, key: str = "scheduler") -> Schedule | SchedulerFactory
     if not _is_mapping(value) or not value:
         return _refuse_value(value, key) or None
     if "_target_" in value:
-        cls = _target(value, _SCHEDULERS, key)
-        return _build(cls, value, key) if issubclass(cls, Schedule) else _factory(value, _SCHEDULERS, key)
+        found = _target(value, _SCHEDULERS, key, functions=True)
+        return _build(found, value, key) if _is(found, Schedule) else _factory(value, _SCHEDULERS, key)
     options = _plain(value, key)
     if "scheduler" in options:
         options["scheduler"] = scheduler(options["scheduler"], f"{key}.scheduler")
@@ -126,9 +122,22 @@ def loggers(value: Node | None, key: str = "logger") -> list[Logger]:
 def _factory(value: Any, bases: tuple[type, ...], key: str) -> Any:
     if not _is_mapping(value):
         return _refuse_value(value, key)
-    cls = _target(value, bases, key)
-    options = _options(cls, value, key)
-    return functools.partial(cls, **options)
+    maker = _target(value, bases, key, functions=True)
+    options = _options(maker, value, key)
+    if _is(maker, Optimizer) and maker.__module__.startswith("torch."):
+        _try(maker, options, key)
+    return functools.partial(maker, **options)
+
+
+def _try(cls: type[Optimizer], options: dict[str, Any], key: str) -> None:
+    """Builds one of torch's optimizers for a single weight: its constructor refuses bad values, now and not at the first step.
+
+    Other people's optimizers may need more than that, and are first built for the model.
+    """
+    try:
+        cls([nn.Parameter(torch.zeros(1, 1))], **options)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(f"{cls.__name__} cannot be built: {str(error).rstrip('.')}.", key) from error
 
 
 def _object(value: Any, bases: tuple[type, ...], key: str, nested: tuple[type, ...] = (), **objects: Any) -> Any:
@@ -172,36 +181,26 @@ def _group_override(key: str) -> str:
     return f"{_GROUPS.get(slot, slot)}@{key}" if "." in key else key
 
 
-def _target(node: Node, bases: tuple[type, ...], key: str) -> type:
-    """The class that a node names, imported only after its package was found to be installed or trusted."""
+def _target(node: Node, bases: tuple[type, ...], key: str, functions: bool = False) -> Any:
+    """The class that a node names, imported only after its package was found to be installed or trusted.
+
+    What a function makes cannot be known before it is called, so one is taken only by the user's word for it alone.
+    """
     target = node.get("_target_")
     wanted = " or ".join(base.__name__ for base in bases)
     if target in (None, "???"):
         raise ConfigError(f"must be given: the path of a class, package.module.Class, of {wanted}.", f"{key}._target_")
     if not isinstance(target, str) or not target.replace(".", "_").isidentifier() or "." not in target:
         raise ConfigError(f"{target!r} is no path of a class. Write package.module.Class, of {wanted}.", f"{key}._target_")
-    package = target.partition(".")[0]
-    _check_package(package, target, f"{key}._target_")
+    trust.check(target, f"{key}._target_")
     try:
-        cls = pkgutil.resolve_name(target)
+        found = pkgutil.resolve_name(target)
     except (ImportError, AttributeError) as error:
         raise ConfigError(_not_found(target, error), f"{key}._target_") from None
-    if not (inspect.isclass(cls) and issubclass(cls, bases)):
+    is_class = inspect.isclass(found) and issubclass(found, bases)
+    if not is_class and not (functions and inspect.isfunction(found) and target in trust.names()):
         raise ConfigTypeError(f"{target} is not a class of {wanted}, which belongs here.", f"{key}._target_")
-    return cls
-
-
-def _check_package(package: str, target: str, key: str) -> None:
-    trusted = os.environ.get(TRUST_VARIABLE, "").split(":")
-    if package in sys.stdlib_module_names:
-        raise ConfigError(f"{target!r} lies in the standard library, which a config may never name.", key)
-    if package in _ALWAYS_INSTALLED or package in trusted or package in importlib.metadata.packages_distributions():
-        return
-    raise ConfigError(
-        f"{package!r} is not an installed package. If it is your own code, say so outside the config: "
-        f"--trust {package}, or {TRUST_VARIABLE}={package}.",
-        key,
-    )
+    return found
 
 
 def _not_found(target: str, error: Exception) -> str:
@@ -235,8 +234,10 @@ def _nested(value: Any, bases: tuple[type, ...], key: str) -> Any:
     return _object(value, bases, key, nested=bases)
 
 
-def _check_keys(cls: type, options: dict[str, Any], key: str) -> None:
-    parameters = {name: parameter for name, parameter in _signature(cls).parameters.items() if name != "params"}
+def _check_keys(cls: Any, options: dict[str, Any], key: str) -> None:
+    """Refuses options that a class, or a function that makes an object, does not take, and values that cannot be meant."""
+    parameters = dict(_signature(cls).parameters)
+    parameters.pop(_given(cls, parameters), None)
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for name, value in options.items():
         if name not in parameters and not takes_any:
@@ -244,21 +245,31 @@ def _check_keys(cls: type, options: dict[str, Any], key: str) -> None:
             raise ConfigError(f"{cls.__name__} has no option {name!r}.{nearest} Options: {', '.join(parameters)}.", f"{key}.{name}")
         if value == "???":
             raise ConfigError("must be given.", f"{key}.{name}")
-        is_lr = name == "lr" and issubclass(cls, Optimizer)
-        _check_number(value, parameters.get(name), f"{key}.{name}", is_lr)
+        _check_number(value, parameters.get(name), f"{key}.{name}", is_lr=name == "lr" and _is(cls, Optimizer))
     missing = [
         name
         for name, parameter in parameters.items()
         if parameter.default is parameter.empty
         and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         and name not in options
-        and not (issubclass(cls, LRScheduler | ReduceLROnPlateau) and name == "optimizer")
     ]
     if missing:
         raise ConfigError(f"{cls.__name__} needs the option {missing[0]!r}.", f"{key}.{missing[0]}")
 
 
-def _signature(cls: type) -> inspect.Signature:
+def _is(found: Any, *bases: type) -> bool:
+    """Whether something that a node named is a class of these."""
+    return inspect.isclass(found) and issubclass(found, bases)
+
+
+def _given(cls: Any, parameters: Iterable[str]) -> str:
+    """The parameter that is not an option, since a factory is called with it."""
+    if not inspect.isclass(cls):
+        return next(iter(parameters), "")
+    return "params" if issubclass(cls, Optimizer) else "optimizer" if _is(cls, LRScheduler, ReduceLROnPlateau) else ""
+
+
+def _signature(cls: Any) -> inspect.Signature:
     try:
         return inspect.signature(cls, eval_str=True)
     except (NameError, AttributeError, TypeError, SyntaxError):  # annotations that only a type checker can read
@@ -271,25 +282,49 @@ def _check_number(value: Any, parameter: inspect.Parameter | None, key: str, is_
     kinds = _kinds(parameter, default)
     if is_lr and not kinds:
         kinds = {float}
-    if kinds and kinds <= {int, float, bool, NoneType, Tensor} and kinds & {int, float} and not _fits(value, kinds):
+    if _is_number(kinds) and not _fits(value, kinds):
         number = "number" if float in kinds else "whole number"
         example = default if isinstance(default, int | float) else 0.001 if is_lr else 1
         shown = "null" if value is None else repr(value)
         raise ConfigTypeError(f"{shown} is not a {number}. Write one, for example {example}.", key)
     if is_lr and isinstance(value, int | float) and not (math.isfinite(value) and value > 0):
         raise ConfigError(f"{value!r} is no learning rate. It is finite and above zero.", key)
+    if isinstance(value, float) and math.isnan(value):
+        raise ConfigError("nan is no number to train with.", key)
+    for kind in kinds:
+        if get_origin(kind) is tuple and Ellipsis not in get_args(kind):
+            _check_numbers(value, [_members(one) for one in get_args(kind)], default, key)
+
+
+def _check_numbers(value: Any, kinds: list[set[Any]], default: Any, key: str) -> None:
+    """A row of numbers of a length that the class fixes, such as betas."""
+    if not all(map(_is_number, kinds)) or value is None:
+        return
+    if not isinstance(value, list) or len(value) != len(kinds):
+        example = f", for example {list(default)}" if isinstance(default, tuple) else ""
+        raise ConfigTypeError(f"{value!r} is not a row of {len(kinds)} numbers. Write them in brackets{example}.", key)
+    for index, (number, kind) in enumerate(zip(value, kinds, strict=True)):
+        if not _fits(number, kind) or (isinstance(number, float) and not math.isfinite(number)):
+            raise ConfigTypeError(f"{number!r} is not a number.", f"{key}.{index}")
+
+
+def _is_number(kinds: set[Any]) -> bool:
+    return bool(kinds & {int, float}) and kinds <= {int, float, bool, NoneType, Tensor}
 
 
 def _kinds(parameter: inspect.Parameter | None, default: Any) -> set[Any]:
     """The types that an option may have, by its annotation and its default; empty where neither says anything."""
     if parameter is None:
         return set()
-    annotation = parameter.annotation
-    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    if annotation is parameter.empty or isinstance(annotation, str):
+    if parameter.annotation is parameter.empty or isinstance(parameter.annotation, str):
         # Without an annotation a default of None says nothing, and 0 may stand for 0.0.
         return {int, float} if isinstance(default, int | float) and not isinstance(default, bool) else set()
-    return {*members, type(default)} if parameter.default is not parameter.empty else set(members)
+    members = _members(parameter.annotation)
+    return members if parameter.default is parameter.empty or isinstance(default, tuple) else {*members, type(default)}
+
+
+def _members(annotation: Any) -> set[Any]:
+    return set(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else {annotation}
 
 
 def _fits(value: Any, kinds: set[Any]) -> bool:

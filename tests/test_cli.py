@@ -24,7 +24,7 @@ import torch
 import yaml
 
 from lightning_adaptive.app import cli, job
-from lightning_adaptive.config import TRUST_VARIABLE
+from lightning_adaptive.trust import TRUST_VARIABLE
 from tests.support import command
 
 SCRIPT = Path(sys.executable).with_name("lightning-adaptive")

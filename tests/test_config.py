@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 from lightning_adaptive import Constant, Cosine, Handover, Inherit, OptimizerSwitchCallback, ParamGroups, config
 from lightning_adaptive.errors import ConfigError, ConfigTypeError
+from lightning_adaptive.trust import TRUST_VARIABLE
 
 SGD = {"_target_": "torch.optim.SGD", "lr": 0.1}
 SWITCH = {"_target_": "lightning_adaptive.OptimizerSwitchCallback", "at": "3ep", "optimizer": SGD}
@@ -319,12 +320,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "scheduler: [1] stands where a node belongs, a mapping with _target_.",
     ),
     "a node among an optimizer's options": (
-        optimizer(betas={"_target_": "torch.optim.SGD"}),
-        "optimizer.betas: a node is not allowed here; only plain values are.",
+        optimizer(foreach={"_target_": "torch.optim.SGD"}),
+        "optimizer.foreach: a node is not allowed here; only plain values are.",
     ),
     "a node within a list among an optimizer's options": (
-        optimizer(betas=[0.9, {"_target_": "os.system"}]),
-        "optimizer.betas.1: a node is not allowed here; only plain values are.",
+        optimizer(foreach=[True, {"_target_": "os.system"}]),
+        "optimizer.foreach.1: a node is not allowed here; only plain values are.",
     ),
     "a node of another kind in the Trainer": (
         lightning_trainer(profiler={"_target_": "torch.optim.SGD"}),
@@ -415,7 +416,7 @@ def side_effect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delenv(config.TRUST_VARIABLE, raising=False)
+    monkeypatch.delenv(TRUST_VARIABLE, raising=False)
     yield mark
     sys.modules.pop("side_effect", None)
 
@@ -431,24 +432,24 @@ def test_a_module_of_the_working_folder_is_refused_before_it_is_imported(side_ef
     assert "side_effect" not in sys.modules
 
 
-@pytest.mark.parametrize("trusted", ["side_effect", "other:side_effect"])
+@pytest.mark.parametrize("trusted", ["side_effect", "other:side_effect", "side_effect.Opt"])
 def test_a_trusted_module_of_the_working_folder_is_used(side_effect: Path, trusted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(config.TRUST_VARIABLE, trusted)
+    monkeypatch.setenv(TRUST_VARIABLE, trusted)
     factory = config.optimizer_factory(node(_target_="side_effect.Opt", lr=0.1))
     assert type(factory(parameters())).__name__ == "Opt"
     assert side_effect.exists()
 
 
-@pytest.mark.parametrize("trusted", ["side", "", "side_effect.Opt"])
+@pytest.mark.parametrize("trusted", ["side", "", "side_effect.Optimizer"])
 def test_trust_is_for_whole_names(side_effect: Path, trusted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(config.TRUST_VARIABLE, trusted)
+    monkeypatch.setenv(TRUST_VARIABLE, trusted)
     with pytest.raises(ConfigError, match="not an installed package"):
         config.optimizer_factory(node(_target_="side_effect.Opt"))
     assert not side_effect.exists()
 
 
 def test_the_standard_library_cannot_be_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(config.TRUST_VARIABLE, "os")
+    monkeypatch.setenv(TRUST_VARIABLE, "os")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="which a config may never name"):
         config.optimizer_factory(node(_target_="os.system", command="touch ran"))
@@ -477,7 +478,7 @@ def test_functions_of_installed_packages_do_not_run(target: str, tmp_path: Path,
 def test_an_import_that_fails_within_a_trusted_module_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "needs_more.py").write_text("import absent_dependency\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv(config.TRUST_VARIABLE, "needs_more")
+    monkeypatch.setenv(TRUST_VARIABLE, "needs_more")
     with pytest.raises(ConfigError) as caught:
         config.optimizer_factory(node(_target_="needs_more.Opt"))
     assert str(caught.value) == ("optimizer._target_: importing needs_more.Opt failed: No module named 'absent_dependency'.")
