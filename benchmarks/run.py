@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import platform
 
+import command_time
 import exact_resume_time
 import import_time
 import lightning
@@ -21,7 +22,7 @@ def main() -> None:
         f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, lightning {lightning.__version__}\n"
     )
     print(HEADER)
-    for measurement in (step_time, exact_resume_time, import_time):
+    for measurement in (step_time, exact_resume_time, import_time, command_time):
         for ratio in measurement.measure(pairs):
             print(ratio, flush=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -49,7 +50,21 @@ __all__ = list(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _teach_jsonargparse()
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def _teach_jsonargparse() -> None:
+    """Lets LightningCLI read a duration with `Duration.parse`, whose message is then an error of usage and no traceback.
+
+    jsonargparse looks a class up by its public name before it reads it, so this is in time in any order of imports.
+    """
+    typing = sys.modules.get("jsonargparse.typing")
+    if typing is not None:
+        from lightning_adaptive.durations import Duration
+
+        # With a key of its own it is not looked up by its public name first, which would end here again.
+        typing.register_type(Duration, deserializer=Duration.parse, uniqueness_key=(__name__, "Duration"))
 
 
 def __dir__() -> list[str]:

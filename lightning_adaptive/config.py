@@ -14,7 +14,7 @@ import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Literal, Union, cast, get_args, get_origin
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from hydra_plugins.lightning_adaptive import SWITCH_SLOTS
 from lightning_adaptive import trust
 from lightning_adaptive.errors import ConfigError, ConfigTypeError, did_you_mean
 from lightning_adaptive.handover import Handover
@@ -39,8 +40,6 @@ Node = Mapping[str, Any]
 
 _HYDRA_KEYS = ("_target_", "_partial_", "_convert_", "_recursive_")
 _SCHEDULERS = (Schedule, LRScheduler, ReduceLROnPlateau)
-_GROUPS = {"then": "switch", "when": "trigger"}
-"""Config groups of the slots that are not called like their group."""
 
 
 def optimizer_factory(value: Node | OptimizerFactory, key: str = "optimizer") -> OptimizerFactory:
@@ -50,15 +49,19 @@ def optimizer_factory(value: Node | OptimizerFactory, key: str = "optimizer") ->
 
 def scheduler(value: Any, key: str = "scheduler") -> Schedule | SchedulerFactory | SchedulerConfig | None:
     """A `Schedule`, a factory of a torch scheduler, or Lightning's dictionary around one, from a node; or the value itself."""
+    if isinstance(value, DictConfig) and _is(OmegaConf.get_type(value), Schedule):
+        return cast(Schedule, OmegaConf.to_object(value))  # Hydra's instantiate took it apart, a dataclass in a mapping
     if not _is_mapping(value) or not value:
-        return _refuse_value(value, key) or None
-    if "_target_" in value:
-        found = _target(value, _SCHEDULERS, key, functions=True)
-        return _build(found, value, key) if _is(found, Schedule) else _factory(value, _SCHEDULERS, key)
+        return _plain_partial(_refuse_value(value, key)) or None
     options = _plain(value, key)
+    if "_target_" in options:
+        found = _target(options, _SCHEDULERS, key, functions=True)
+        return _build(found, options, key) if _is(found, Schedule) else _factory(options, _SCHEDULERS, key)
+    around = {name: _nested(option, (), f"{key}.{name}") for name, option in options.items() if name != "scheduler"}
     if "scheduler" in options:
-        options["scheduler"] = scheduler(options["scheduler"], f"{key}.scheduler")
-    return options  # type: ignore[return-value]
+        inner = value["scheduler"] if _is_mapping(options["scheduler"]) else options["scheduler"]
+        around["scheduler"] = scheduler(inner, f"{key}.scheduler")
+    return around  # type: ignore[return-value]
 
 
 def param_groups(value: Any, key: str = "param_groups") -> Inherit | ParamGroups | None:
@@ -121,7 +124,7 @@ def loggers(value: Node | None, key: str = "logger") -> list[Logger]:
 
 def _factory(value: Any, bases: tuple[type, ...], key: str) -> Any:
     if not _is_mapping(value):
-        return _refuse_value(value, key)
+        return _plain_partial(_refuse_value(value, key))
     maker = _target(value, bases, key, functions=True)
     options = _options(maker, value, key)
     if _is(maker, Optimizer) and maker.__module__.startswith("torch."):
@@ -157,10 +160,10 @@ def _call(cls: type, options: dict[str, Any], key: str) -> Any:
         return cls(**options)
     except ConfigError as error:
         raise error.within(key) from None
-    except (MisconfigurationException, ModuleNotFoundError) as error:
-        if not cls.__module__.startswith("lightning."):
+    except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
+        if not cls.__module__.startswith(("lightning.", "lightning_adaptive.")):
             raise
-        # A machine without a GPU, a logger without its package.
+        # A machine without a GPU, a logger without its package, a word that Lightning does not know.
         raise ConfigError(f"{cls.__name__} cannot be built: {str(error).rstrip('.!')}.", key) from error
 
 
@@ -178,7 +181,7 @@ def _refuse_value(value: Any, key: str) -> Any:
 def _group_override(key: str) -> str:
     """What chooses a file of the group for a key: ``optimizer`` at the top, ``optimizer@switch.optimizer`` further in."""
     slot = key.rsplit(".", 1)[-1]
-    return f"{_GROUPS.get(slot, slot)}@{key}" if "." in key else key
+    return f"{SWITCH_SLOTS.get(slot, slot)}@{key}" if "." in key else key
 
 
 def _target(node: Node, bases: tuple[type, ...], key: str, functions: bool = False) -> Any:
@@ -190,7 +193,7 @@ def _target(node: Node, bases: tuple[type, ...], key: str, functions: bool = Fal
     wanted = " or ".join(base.__name__ for base in bases)
     if target in (None, "???"):
         raise ConfigError(f"must be given: the path of a class, package.module.Class, of {wanted}.", f"{key}._target_")
-    if not isinstance(target, str) or not target.replace(".", "_").isidentifier() or "." not in target:
+    if not isinstance(target, str) or "." not in target or not all(part.isidentifier() for part in target.split(".")):
         raise ConfigError(f"{target!r} is no path of a class. Write package.module.Class, of {wanted}.", f"{key}._target_")
     trust.check(target, f"{key}._target_")
     try:
@@ -217,8 +220,19 @@ def _not_found(target: str, error: Exception) -> str:
 
 def _options(cls: type, node: Node, key: str, nested: tuple[type, ...] = ()) -> dict[str, Any]:
     options = {name: value for name, value in _plain(node, key).items() if name not in _HYDRA_KEYS}
+    if not nested:
+        _nested(options, nested, key)  # a node is refused as one, and not taken for a wrong value
     _check_keys(cls, options, key)
-    return {name: _nested(value, nested, f"{key}.{name}") for name, value in options.items()}
+    parameters = _signature(cls).parameters
+    return {name: _floats(_nested(value, nested, f"{key}.{name}"), parameters.get(name)) for name, value in options.items()}
+
+
+def _floats(value: Any, parameter: inspect.Parameter | None) -> Any:
+    """A row of numbers as floats where the class has floats: torch refuses betas of 0 and 0.9, one of which is whole."""
+    default = None if parameter is None else parameter.default
+    if isinstance(value, list) and isinstance(default, tuple) and all(isinstance(number, float) for number in default):
+        return [float(number) if type(number) is int else number for number in value]
+    return value
 
 
 def _nested(value: Any, bases: tuple[type, ...], key: str) -> Any:
@@ -245,7 +259,7 @@ def _check_keys(cls: Any, options: dict[str, Any], key: str) -> None:
             raise ConfigError(f"{cls.__name__} has no option {name!r}.{nearest} Options: {', '.join(parameters)}.", f"{key}.{name}")
         if value == "???":
             raise ConfigError("must be given.", f"{key}.{name}")
-        _check_number(value, parameters.get(name), f"{key}.{name}", is_lr=name == "lr" and _is(cls, Optimizer))
+        _check_value(value, parameters.get(name), f"{key}.{name}", is_lr=name == "lr" and _is(cls, Optimizer))
     missing = [
         name
         for name, parameter in parameters.items()
@@ -276,8 +290,8 @@ def _signature(cls: Any) -> inspect.Signature:
         return inspect.signature(cls)
 
 
-def _check_number(value: Any, parameter: inspect.Parameter | None, key: str, is_lr: bool) -> None:
-    """A word, a blank or a fraction where the class has a number; and a learning rate that no optimizer can use."""
+def _check_value(value: Any, parameter: inspect.Parameter | None, key: str, is_lr: bool) -> None:
+    """A word, a blank or a fraction where the class has a number or a truth; and a learning rate that no optimizer can use."""
     default = None if parameter is None or parameter.default is parameter.empty else parameter.default
     kinds = _kinds(parameter, default)
     if is_lr and not kinds:
@@ -287,24 +301,31 @@ def _check_number(value: Any, parameter: inspect.Parameter | None, key: str, is_
         example = default if isinstance(default, int | float) else 0.001 if is_lr else 1
         shown = "null" if value is None else repr(value)
         raise ConfigTypeError(f"{shown} is not a {number}. Write one, for example {example}.", key)
+    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    is_truth = bool in kinds and all(kind in (bool, NoneType) or get_origin(kind) is Literal for kind in kinds)
+    if is_truth and type(value) not in kinds and value not in words:
+        raise ConfigTypeError(f"{value!r} is neither true nor false{''.join(f', nor {word!r}' for word in words)}.", key)
     if is_lr and isinstance(value, int | float) and not (math.isfinite(value) and value > 0):
         raise ConfigError(f"{value!r} is no learning rate. It is finite and above zero.", key)
     if isinstance(value, float) and math.isnan(value):
         raise ConfigError("nan is no number to train with.", key)
-    for kind in kinds:
-        if get_origin(kind) is tuple and Ellipsis not in get_args(kind):
-            _check_numbers(value, [_members(one) for one in get_args(kind)], default, key)
+    if value is not None:
+        _check_row(value, kinds, default, key)
 
 
-def _check_numbers(value: Any, kinds: list[set[Any]], default: Any, key: str) -> None:
-    """A row of numbers of a length that the class fixes, such as betas."""
-    if not all(map(_is_number, kinds)) or value is None:
+def _check_row(value: Any, kinds: set[Any], default: Any, key: str) -> None:
+    """A row of numbers, such as betas, of a length that the class fixes; some classes allow several lengths, or a word as well."""
+    rows = [[_members(one) for one in get_args(kind)] for kind in kinds if get_origin(kind) is tuple]
+    others = any(get_origin(kind) is not tuple for kind in kinds - {NoneType})
+    if not rows or others or not all(_is_number(column) for row in rows for column in row):
         return
-    if not isinstance(value, list) or len(value) != len(kinds):
+    fitting = [row for row in rows if isinstance(value, list) and len(value) == len(row)]
+    if not fitting:
+        lengths = " or ".join(str(length) for length in sorted({len(row) for row in rows}))
         example = f", for example {list(default)}" if isinstance(default, tuple) else ""
-        raise ConfigTypeError(f"{value!r} is not a row of {len(kinds)} numbers. Write them in brackets{example}.", key)
-    for index, (number, kind) in enumerate(zip(value, kinds, strict=True)):
-        if not _fits(number, kind) or (isinstance(number, float) and not math.isfinite(number)):
+        raise ConfigTypeError(f"{value!r} is not a row of {lengths} numbers. Write them in brackets{example}.", key)
+    for index, (number, *columns) in enumerate(zip(value, *fitting, strict=True)):
+        if not _fits(number, set().union(*columns)) or (isinstance(number, float) and not math.isfinite(number)):
             raise ConfigTypeError(f"{number!r} is not a number.", f"{key}.{index}")
 
 
@@ -354,3 +375,12 @@ def _plain_value(value: Any, key: str) -> Any:
     if isinstance(value, Mapping):
         return {name: _plain_value(item, key) for name, item in value.items()}
     return [_plain_value(item, key) for item in value] if isinstance(value, list) else value
+
+
+def _plain_partial(value: Any) -> Any:
+    """A partial that Hydra's instantiate made, with plain lists: torch keeps a ``ListConfig``, and then no checkpoint loads."""
+    if not isinstance(value, functools.partial):
+        return value
+    configs = {name: option for name, option in value.keywords.items() if isinstance(option, DictConfig | ListConfig)}
+    # Around it and not anew from its parts, since Hydra's partial checks its target when it is called.
+    return functools.partial(value, **{name: _plain_value(option, name) for name, option in configs.items()}) if configs else value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_adaptive.errors import ConfigError, ConfigTypeError
 
@@ -134,6 +134,13 @@ class Duration:
 
     def __hash__(self) -> int:
         return hash((self.value, self.unit))
+
+
+if TYPE_CHECKING:
+    DurationLike = str | Duration
+else:
+    # jsonargparse would take any text for a `str`, and what is wrong with it would be said by a traceback.
+    DurationLike = Duration
 
 
 def _nearest(number: Fraction) -> int:

@@ -19,6 +19,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_adaptive import checkpoints
+from lightning_adaptive.errors import ConfigError, did_you_mean
 from lightning_adaptive.phases import describe_schedule, format_lrs, lrs, state_bytes
 from lightning_adaptive.strategies import running_optimizer
 from lightning_adaptive.switch import find_switch, format_bytes
@@ -72,6 +74,7 @@ class RunReport(Callback):
         self._lrs: list[Any] = []
         self._loss: Tensor | None = None
         self._batches = 0
+        self._validated = False
 
     @property
     def phases(self) -> list[PhaseReport]:
@@ -99,9 +102,17 @@ class RunReport(Callback):
             self._open = replace(self._open, lr_first=_floats(self._lrs), state_bytes=state_bytes(running_optimizer(trainer)))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validated |= not trainer.sanity_checking
         value = trainer.callback_metrics.get(self.monitor) if self.monitor else None
         if value is not None and self._open is not None and not trainer.sanity_checking:
             self._open = replace(self._open, metric=float(value))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        logged = trainer.callback_metrics
+        if self._validated and self.monitor and self.monitor not in logged:
+            raise ConfigError(
+                f"{self.monitor!r} was not logged.{did_you_mean(self.monitor, logged)} Logged: {', '.join(logged)}.", "task.monitor"
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close()
@@ -195,7 +206,10 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_result(path: Path, phases: Sequence[PhaseReport], metrics: Mapping[str, float], **facts: Any) -> None:
-    """Writes ``result.json``: metrics, phases, the versions it ran with, and further facts; numbers that are not finite as null."""
+    """Writes ``result.json``: metrics, phases, the versions it ran with, and further facts; numbers that are not finite as null.
+
+    It is there whole or not at all, since a sweep takes it for the mark of a finished job.
+    """
     result = {
         "metrics": dict(metrics),
         **facts,
@@ -203,7 +217,9 @@ def write_result(path: Path, phases: Sequence[PhaseReport], metrics: Mapping[str
         "versions": {name: _version(name) for name in ("lightning-adaptive", "lightning", "torch", "hydra-core")},
         "python": platform.python_version(),
     }
-    path.write_text(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    written = checkpoints.partial(path)
+    written.write_text(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    checkpoints.publish(written, path)
 
 
 def picture(metrics_csv: Path, phases: Sequence[PhaseReport], metric: str | None, path: Path) -> None:

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
-from lightning_adaptive.durations import Clock, Duration
+from lightning_adaptive.durations import Clock, Duration, DurationLike
 from lightning_adaptive.errors import ConfigError, ConfigTypeError
 
 Factor = Callable[[int], float]
@@ -35,8 +35,8 @@ class Schedule(ABC):
         ConfigError: when called, if the warm-up is longer than the span or a duration cannot be counted.
     """
 
-    warmup: str | Duration = "0st"
-    length: str | Duration | None = None
+    warmup: DurationLike = "0st"
+    length: DurationLike | None = None
 
     def __post_init__(self) -> None:
         self._parse("warmup")
@@ -139,7 +139,7 @@ class StepDecay(Schedule):
         gamma: the multiplier of each decay, above 0 and at most 1.
     """
 
-    every: str | Duration = "30ep"
+    every: DurationLike = "30ep"
     gamma: float = 0.1
 
     def __post_init__(self) -> None:

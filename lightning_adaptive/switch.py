@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_adaptive import phases, settings, strategies
-from lightning_adaptive.durations import Clock, Duration
+from lightning_adaptive.durations import Clock, Duration, DurationLike
 from lightning_adaptive.errors import CheckpointError, ConfigError, ConfigTypeError
 from lightning_adaptive.handover import Handover
 from lightning_adaptive.param_groups import Group, Inherit, ParamGroups, Partition, extend, named_tensors, record
@@ -150,11 +150,11 @@ class OptimizerSwitchCallback(Callback):
 
     def __init__(
         self,
-        at: str | Duration | None = None,
+        at: DurationLike | None = None,
         optimizer: OptimizerFactory | None = None,
         *,
         when: None = None,
-        scheduler: Schedule | SchedulerFactory | SchedulerConfig | Literal["continue"] | None = None,
+        scheduler: Schedule | SchedulerConfig | SchedulerFactory | Literal["continue"] | None = None,
         param_groups: Literal["inherit"] | Inherit | ParamGroups = "inherit",
         handover: Literal["own"] | Handover = "own",
         then: OptimizerSwitchCallback | None = None,

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
@@ -38,27 +38,30 @@ def check(target: str, key: str) -> None:
         key: the config key that holds it, for the message.
 
     Raises:
-        ConfigError: for the standard library, a package that is not installed, and a file that stands before an installed one.
+        ConfigError: for the standard library, a package that is not installed, a file that stands before an installed one, and a
+            program within a package.
     """
-    package = target.partition(".")[0]
+    package, _, rest = target.partition(".")
     if package in sys.stdlib_module_names:
         raise ConfigError(f"{target!r} lies in the standard library, which a config may never name.", key)
+    if "__main__" in rest.split("."):
+        raise ConfigError(f"{target!r} is a program, which would run when it is imported.", key)
     if package in _OWN or package in _application() or {package, target} & names():
         return
     homes = _homes(package)
     how = f"If it is your own code, say so outside the config: --trust {package}, or {TRUST_VARIABLE}={package}."
     if not homes:
         raise ConfigError(f"{package!r} is not an installed package. {how}", key)
-    places = _places(package)
-    if places and not any(place.is_relative_to(home) for place in places for home in homes):
-        raise ConfigError(f"{places[0]} stands before the installed package {package!r}. {how}", key)
+    for place in _places(package):
+        if not any(_lies_in(place, home) for home in homes):
+            raise ConfigError(f"{place} stands before the installed package {package!r}. {how}", key)
 
 
 def check_all(tree: Any, key: str = "") -> None:
     """`check` for every ``_target_`` in a tree of mappings and lists; what is no text is left to who builds the node."""
     if isinstance(tree, Mapping):
         items = [(str(name), value) for name, value in tree.items()]
-    elif isinstance(tree, list):
+    elif isinstance(tree, Sequence) and not isinstance(tree, str):
         items = [(str(index), value) for index, value in enumerate(tree)]
     else:
         return
@@ -76,20 +79,31 @@ def _application() -> set[str]:
 
 
 @functools.cache
+def _packages() -> Mapping[str, Sequence[str]]:
+    """The names of the distributions that hold each package; to read them takes a third of a second."""
+    return importlib.metadata.packages_distributions()
+
+
+@functools.cache
 def _homes(package: str) -> tuple[Path, ...]:
     """The folders in which installed distributions keep a package."""
-    listed = importlib.metadata.packages_distributions().get(package, ())
+    listed = _packages().get(package, ())
     # An editable install may list no package at all; then it is known by its own name.
-    found = [_distribution(name) for name in {*listed, package}]
-    homes = [_edited(one) or Path(str(one.locate_file(""))) for one in found if one and (listed or _edited(one))]
-    return tuple(home.resolve() for home in homes)
+    found = [one for name in {*listed, package} for one in _distributions(name)]
+    return tuple(_edited(one) or _folder(one) for one in found if listed or _edited(one))
 
 
-def _distribution(name: str) -> importlib.metadata.Distribution | None:
-    try:
-        return importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _distributions(name: str) -> list[importlib.metadata.Distribution]:
+    """The installed distributions of a name, without those that only the working folder, or the script's, says to be installed."""
+    main = sys.modules.get("__main__")
+    script = getattr(main, "__file__", None) if getattr(main, "__spec__", None) is None else None
+    loose = {Path.cwd(), *([Path(script).resolve().parent] if script else [])}
+    found = importlib.metadata.distributions(name=name) if name else ()
+    return [one for one in found if _folder(one).resolve() not in loose]
+
+
+def _folder(distribution: importlib.metadata.Distribution) -> Path:
+    return Path(os.path.abspath(str(distribution.locate_file(""))))
 
 
 def _edited(distribution: importlib.metadata.Distribution) -> Path | None:
@@ -100,9 +114,14 @@ def _edited(distribution: importlib.metadata.Distribution) -> Path | None:
 
 
 def _places(package: str) -> list[Path]:
-    """Where an import would find a package."""
+    """Where an import would find a package: its file, or the folders of one without, to each of which anybody may add."""
     spec = importlib.util.find_spec(package)
     if spec is None:
         return []
     found = [spec.origin] if spec.origin else list(spec.submodule_search_locations or ())
-    return [Path(place).resolve() for place in found]
+    return [place for place in map(Path, map(os.path.abspath, found)) if place.exists()]
+
+
+def _lies_in(place: Path, home: Path) -> bool:
+    # As written, for installers that link to files elsewhere; as resolved, for folders that are reached by a link.
+    return place.is_relative_to(home) or place.resolve().is_relative_to(home.resolve())

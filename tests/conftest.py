@@ -8,7 +8,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.cli import command_line, train
 from tests.pair import Pair
+
+__all__ = ["command_line", "train"]
 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")

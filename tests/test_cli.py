@@ -1,304 +1,23 @@
-"""The command line as a user meets it: what a run leaves, and what a mistake is told.
-
-Most runs happen in this process, through `cli.main` with the arguments in ``sys.argv``, since every new process waits for its
-imports; a few real processes stand for the rest.
-"""
+"""The command line as a user meets it: what a run leaves. Most runs happen in this process, a few in processes of their own."""
 
 from __future__ import annotations
 
 import csv
-import hashlib
-import json
-import logging
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
 
-from lightning_adaptive.app import cli, job
+from lightning_adaptive.app import job
 from lightning_adaptive.trust import TRUST_VARIABLE
+from tests.cli import SCRIPT, SHORT, Run, digests, result, runs
 from tests.support import command
-
-SCRIPT = Path(sys.executable).with_name("lightning-adaptive")
-SHORT = ("trainer.max_epochs=1", "trainer.limit_train_batches=4", "trainer.log_every_n_steps=1", "test=false")
-"""A run of four steps."""
-
-
-@dataclass
-class Ended:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ended]
-
-
-@pytest.fixture
-def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    """Runs ``lightning-adaptive train`` in an empty folder of its own, and takes back what a process leaves to its end."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delenv(TRUST_VARIABLE, raising=False)
-    environment = dict(os.environ)
-    level = logging.getLogger().level
-
-    def run(*arguments: str) -> Ended:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), "train", *arguments])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        finally:
-            _close_log_files()
-            logging.getLogger().setLevel(level)
-            torch.use_deterministic_algorithms(False)
-            os.environ.clear()
-            os.environ.update(environment)
-        return Ended(code, *capsys.readouterr())
-
-    yield run
-    sys.modules.pop("mylab", None)
-
-
-def _close_log_files() -> None:
-    root = logging.getLogger()
-    for handler in [handler for handler in root.handlers if isinstance(handler, logging.FileHandler)]:
-        root.removeHandler(handler)
-        handler.close()
-
-
-def runs(folder: Path) -> list[Path]:
-    return sorted((folder / "outputs").iterdir())
-
-
-def result(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
-
-
-def digests(folder: Path) -> dict[Path, str]:
-    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
-
-
-# Mistakes
-
-OPTIMIZERS = "adadelta, adafactor, adagrad, adam, adamax, adamw, custom, lbfgs, nadam, radam, rmsprop, sgd"
-UNITS = "Write {0}ep (epochs), {0}st (optimizer steps) or {0}% (of training)."
-NO_LR = "is no learning rate. It is finite and above zero."
-
-MISTAKES: list[tuple[str, str]] = [
-    # An unknown choice in a group.
-    ("optimizer=adamv", f"optimizer=adamv: optimizer has no 'adamv'. Did you mean 'adam'? Choices: {OPTIMIZERS}."),
-    (
-        "recipe=digits_adam_to_sdg",
-        "recipe=digits_adam_to_sdg: recipe has no 'digits_adam_to_sdg'. Did you mean 'digits_adam_to_sgd'? "
-        "Choices: digits_adam_to_sgd.",
-    ),
-    ("recipe=./nowhere", "recipe=./nowhere: recipe has no './nowhere'. Choices: digits_adam_to_sgd."),
-    (
-        "optimizer@switch.optimizer=sgdd",
-        f"optimizer@switch.optimizer=sgdd: optimizer has no 'sgdd'. Did you mean 'sgd'? Choices: {OPTIMIZERS}.",
-    ),
-    (
-        "logger=[csv,tensorbord]",
-        "logger=[csv,tensorbord]: logger has no 'tensorbord'. Did you mean 'tensorboard'? "
-        "Choices: csv, many, mlflow, tensorboard, wandb.",
-    ),
-    ("switch=null", "switch=null: 'null' is not the name of a file of switch. Choices: adam_to_sgd, none."),
-    (
-        "optimizer@switch.optimzer=sgd",
-        "optimizer@switch.optimzer=sgd: there is no place 'optimizer@switch.optimzer'. Did you mean 'optimizer@switch.optimizer'? "
-        "Places: optimizer, optimizer@switch.optimizer.",
-    ),
-    ("+optimizer=sgd", "+optimizer=sgd: optimizer is chosen already. Write it without the plus, to choose another."),
-    # A key that does not exist.
-    (
-        "optimizer.lrr=3",
-        "optimizer.lrr=3: there is no key 'lrr' in optimizer. Did you mean 'lr'? "
-        "Keys: lr, betas, eps, weight_decay, amsgrad, fused.",
-    ),
-    (
-        "+optimizer.lrr=3",
-        "optimizer.lrr: Adam has no option 'lrr'. Did you mean 'lr'? Options: lr, betas, eps, weight_decay, amsgrad, foreach, "
-        "maximize, capturable, differentiable, fused, decoupled_weight_decay.",
-    ),
-    (
-        "~optimizer.lrr",
-        "~optimizer.lrr: there is no key 'lrr' in optimizer. Did you mean 'lr'? "
-        "Keys: lr, betas, eps, weight_decay, amsgrad, fused.",
-    ),
-    (
-        "switch.att=3ep",
-        "switch.att=3ep: there is no key 'att' in switch. Did you mean 'at'? "
-        "Keys: enabled, at, when, then, gradient_clip_val, on_resume, optimizer, scheduler, param_groups, handover.",
-    ),
-    (
-        "sead=1",
-        "sead=1: there is no key 'sead'. Did you mean 'seed'? Keys: task, optimizer, scheduler, param_groups, switch, trainer, "
-        "logger, callbacks, seed, resume, ckpt_path, test, study, output_dir.",
-    ),
-    # What Hydra cannot read.
-    ("switch.at", "switch.at: cannot be read. Write key=value, and quote a value with special characters: \"key='a=b'\"."),
-    ("seed=1,2", "seed=1,2: several values. Add -m to run each of them, or write a list in brackets: [1,2]."),
-    # A duration without its unit, or malformed.
-    ("switch.at=5", f"switch.at: 5 has no unit. {UNITS.format(5)}"),
-    ("switch.at='5'", f"switch.at: '5' has no unit. {UNITS.format(5)}"),
-    ("switch.at=5x", "switch.at: '5x' has the unknown unit 'x'. Units are ep (epochs), st (steps) and %."),
-    (
-        "switch.at=-3ep",
-        "switch.at: '-3ep' is not a duration. Write a number and its unit: 5ep (epochs), 5st (optimizer steps) or 5%.",
-    ),
-    ("switch.at=null", "switch.at: a switch needs its moment: 5ep (epochs), 5st (optimizer steps) or 5% (of training)."),
-    ("scheduler.warmup=3", f"scheduler.warmup: 3 has no unit. {UNITS.format(3)}"),
-    ("switch.scheduler.warmup=3", f"switch.scheduler.warmup: 3 has no unit. {UNITS.format(3)}"),
-    ("scheduler.length=0ep", "scheduler.length: '0ep' is no length. Write a duration above zero, or null."),
-    # A moment that is not inside the training, which has 20 epochs of 34 steps.
-    ("switch.at=900ep", "switch.at: 900ep is step 30600, but training ends after 680 steps. Choose an earlier moment."),
-    ("switch.at=100%", "switch.at: 100% is step 680, but training ends after 680 steps. Choose an earlier moment."),
-    ("switch.at=120%", "switch.at: '120%' is more than the whole. A percentage lies between 0% and 100%."),
-    ("switch.at=0ep", "switch.at: 0ep is step 0; the first phase would not make a step. Begin with this optimizer."),
-    (
-        "switch@switch.then=adam_to_sgd switch.then.at=60%",
-        "switch.then.at: 60% is step 408, but the switch before it is at step 476. Moments must grow.",
-    ),
-    ("scheduler.warmup=50ep", "scheduler.warmup: 50ep is 1700 steps, but the schedule spans only 680."),
-    # A number that is none, or not one that fits.
-    ("optimizer.lr=-1", f"optimizer.lr: -1 {NO_LR}"),
-    ("optimizer.lr=nan", f"optimizer.lr: nan {NO_LR}"),
-    ("switch.optimizer.lr=-1", f"switch.optimizer.lr: -1 {NO_LR}"),
-    ("switch.optimizer.lr=fast", "switch.optimizer.lr: 'fast' is not a number. Write one, for example 0.001."),
-    ("optimizer.lr=", "optimizer.lr: '' is not a number. Write one, for example 0.001."),
-    ("trainer.max_epochs=2.5", "trainer.max_epochs: 2.5 is not a whole number. Write one, for example 1."),
-    ("seed=one", "seed: 'one' is no seed. Write a whole number from 0 to 4294967295, or null."),
-    # A value where a node belongs.
-    (
-        "switch.optimizer=lbfgs",
-        "switch.optimizer: 'lbfgs' is a word where a node belongs. To choose a file of the group, "
-        "write optimizer@switch.optimizer=lbfgs.",
-    ),
-    (
-        "switch.then=adam_to_sgd",
-        "switch.then: 'adam_to_sgd' is a word where a node belongs. To choose a file of the group, "
-        "write switch@switch.then=adam_to_sgd.",
-    ),
-    (
-        "switch.optimizer=null",
-        "switch.optimizer: a switch needs its next optimizer. Choose one with optimizer@switch.optimizer=sgd, "
-        "or no switch with switch=none.",
-    ),
-    # A class that may not be named, or does not exist.
-    (
-        "optimizer._target_=os.system",
-        "optimizer._target_: 'os.system' lies in the standard library, which a config may never name.",
-    ),
-    ("optimizer._target_=torch.optim.Addam", "optimizer._target_: torch.optim has no 'Addam'. Did you mean 'Adam'?"),
-    ("optimizer=custom", "optimizer._target_: must be given: the path of a class, package.module.Class, of Optimizer."),
-    ("param_groups=inherit", "param_groups: the first phase has no groups to inherit. Leave it out, or write none."),
-]
-
-
-@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[arguments for arguments, _ in MISTAKES])
-def test_a_mistake_gets_one_line_and_code_2(arguments: str, message: str, train: Run, tmp_path: Path) -> None:
-    earlier = tmp_path / "outputs" / "earlier" / "checkpoints" / "last.ckpt"
-    earlier.parent.mkdir(parents=True)
-    earlier.write_bytes(b"an earlier run's")
-    before = digests(tmp_path)
-    ended = train(*arguments.split())
-    assert ended.err == f"lightning-adaptive: {message}\n"
-    assert ended.code == 2
-    assert before.items() <= digests(tmp_path).items()
-    assert [path for path in tmp_path.rglob("*.ckpt") if path != earlier] == []
-
-
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        (None, "there is no such file."),
-        (b"", "the file is empty. It was left as it is."),
-        (b"hello\n", "no checkpoint, or not a whole one (6 bytes). It was left as it is."),
-        (b"PK\x05\x06" + 18 * b"\0", "an archive, but no checkpoint (22 bytes). It was left as it is."),
-    ],
-    ids=["missing", "empty", "text", "another archive"],
-)
-@pytest.mark.parametrize("name", ["a.ckpt", "epoch=0-step=34.ckpt"])
-def test_a_file_that_is_no_checkpoint_gets_code_3(content: bytes | None, told: str, name: str, train: Run, tmp_path: Path) -> None:
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    before = digests(tmp_path)
-    ended = train(f"ckpt_path={name}")
-    assert ended.err == f"lightning-adaptive: ckpt_path={name}: {told}\n"
-    assert ended.code == 3
-    assert before.items() <= digests(tmp_path).items()
-
-
-def test_a_truncated_checkpoint_gets_code_3_and_hears_of_a_whole_one(finished: Finished, train: Run, tmp_path: Path) -> None:
-    whole = (finished.folder / "checkpoints" / "last.ckpt").read_bytes()
-    (tmp_path / "good.ckpt").write_bytes(whole)
-    (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
-    before = digests(tmp_path)
-    ended = train("ckpt_path=cut.ckpt")
-    size = f"{len(whole) // 2:,} bytes"
-    cut = f"lightning-adaptive: ckpt_path=cut.ckpt: no checkpoint, or not a whole one ({size}). It was left as it is."
-    assert ended.err == f"{cut} Newest whole one there: good.ckpt.\n"
-    assert ended.code == 3
-    assert train("ckpt_path=cut2.ckpt").err == (
-        "lightning-adaptive: ckpt_path=cut2.ckpt: there is no such file. Newest whole one there: good.ckpt.\n"
-    )
-    folder = "lightning-adaptive: ckpt_path=.: a folder, but no checkpoint of FSDP, FSDP2 or DeepSpeed, or not a whole one."
-    assert train("ckpt_path=.").err == f"{folder} Newest whole one there: good.ckpt.\n"
-    assert before.items() <= digests(tmp_path).items()
-
-
-def test_an_unknown_command_names_the_nearest(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["lightning-adaptive", "trian"])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 2
-    assert capsys.readouterr().err == "lightning-adaptive: 'trian' is no command. Did you mean 'train'? Commands: train.\n"
-
-
-@pytest.mark.parametrize(("arguments", "code"), [([], 2), (["--help"], 0), (["-h"], 0)])
-def test_usage(arguments: list[str], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["lightning-adaptive", *arguments])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == code
-    shown, other = reversed(capsys.readouterr()) if code else capsys.readouterr()
-    assert shown.startswith("usage: lightning-adaptive COMMAND [option=value ...]\n")
-    assert other == ""
-
-
-def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
-    """What Lightning and Python add to stderr counts as well."""
-    ended = command(["train", "switch.at=900ep"], tmp_path)
-    assert ended.returncode == 2
-    lines = ended.stderr.splitlines()
-    ours = [line for line in lines if not line.startswith("INFO: ")]
-    assert ours == [
-        "lightning-adaptive: switch.at: 900ep is step 30600, but training ends after 680 steps. Choose an earlier moment."
-    ]
-    assert "Traceback" not in ended.stdout
-
-
-def test_the_console_script_is_the_same(tmp_path: Path) -> None:
-    ended = subprocess.run([SCRIPT, "train", "optimizer=adamv"], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert ended.returncode == 2
-    assert ended.stderr == f"lightning-adaptive: {dict(MISTAKES)['optimizer=adamv']}\n"
-    assert os.listdir(tmp_path) == []
-
-
-# Runs
 
 
 @dataclass
@@ -359,6 +78,24 @@ def test_a_runs_result_can_be_read_by_a_program(finished: Finished) -> None:
     assert told["seed"] == 0
     assert 0.5 < told["metrics"]["test/acc"] <= 1
     assert (finished.folder / told["best_checkpoint"]).is_file()
+
+
+def test_a_truncated_checkpoint_gets_code_3_and_hears_of_a_whole_one(finished: Finished, train: Run, tmp_path: Path) -> None:
+    whole = (finished.folder / "checkpoints" / "last.ckpt").read_bytes()
+    (tmp_path / "good.ckpt").write_bytes(whole)
+    (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
+    before = digests(tmp_path)
+    ended = train("ckpt_path=cut.ckpt")
+    size = f"{len(whole) // 2:,} bytes"
+    cut = f"lightning-adaptive: ckpt_path=cut.ckpt: no checkpoint, or not a whole one ({size}). It was left as it is."
+    assert ended.err == f"{cut} Newest whole one there: good.ckpt.\n"
+    assert ended.code == 3
+    assert train("ckpt_path=cut2.ckpt").err == (
+        "lightning-adaptive: ckpt_path=cut2.ckpt: there is no such file. Newest whole one there: good.ckpt.\n"
+    )
+    folder = "lightning-adaptive: ckpt_path=.: a folder, but no checkpoint of FSDP, FSDP2 or DeepSpeed, or not a whole one."
+    assert train("ckpt_path=.").err == f"{folder} Newest whole one there: good.ckpt.\n"
+    assert before.items() <= digests(tmp_path).items()
 
 
 def test_checkpoints_are_the_last_and_the_best_and_can_be_typed(finished: Finished) -> None:

@@ -19,7 +19,17 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig
 
 SCHEME = "lightning_adaptive"
-PHASE_GROUPS = ("optimizer", "scheduler", "param_groups", "switch", "trigger", "handover")
+SWITCH_SLOTS = {
+    "optimizer": "optimizer",
+    "scheduler": "scheduler",
+    "param_groups": "param_groups",
+    "when": "trigger",
+    "handover": "handover",
+    "then": "switch",
+}
+"""The slots of a switch, each with the group whose files fill it."""
+
+PHASE_GROUPS = tuple(SWITCH_SLOTS.values())
 """The groups that any application may use; the others are for our own."""
 
 RECIPES_ADDRESS = f"{SCHEME}://recipes"
@@ -47,6 +57,15 @@ def recipe_folders() -> list[Path]:
     """Where recipes are looked for, in this order: ``./recipes``, those of `RECIPE_PATH_VARIABLE`, ours."""
     named = [Path(folder) for folder in os.environ.get(RECIPE_PATH_VARIABLE, "").split(":") if folder]
     return [folder for folder in (Path("recipes"), *named, data_folder("recipes")) if folder.is_dir()]
+
+
+def recipe_file(name: str) -> Path:
+    """The file of a recipe, which need not exist: a path (``./mine``, ``/tmp/mine``), or the first of its name in the folders."""
+    given = Path(name if name.endswith(".yaml") else f"{name}.yaml")
+    folders = recipe_folders()
+    if given.is_absolute() or name.startswith(("./", "../")):
+        return given
+    return next((folder / given for folder in folders if (folder / given).is_file()), folders[-1] / given)
 
 
 class PhaseGroupSource(FileConfigSource):
@@ -108,8 +127,10 @@ class PhaseGroupSource(FileConfigSource):
         if not self.path:
             return FileConfigSource("", str(data_folder("conf"))), config_path
         name = config_path.removeprefix("recipe").removeprefix("/")
-        sources = [FileConfigSource("", str(folder.resolve())) for folder in recipe_folders()]
-        return next((source for source in sources if name and source.is_config(name)), sources[-1]), name
+        if not name:
+            return FileConfigSource("", str(data_folder("recipes"))), name
+        file = recipe_file(name)
+        return FileConfigSource("", str(file.parent.resolve())), file.name
 
 
 def _check_recipe(name: str, result: ConfigResult) -> None:

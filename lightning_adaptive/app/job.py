@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
-import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
 
 from lightning_adaptive.app.interrupt import Interrupted, Signals
+from lightning_adaptive.app.sweep import Sweep, one_line
 from lightning_adaptive.errors import UserError
 
-_DISTRIBUTED = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_FLAGS = ("-cd", "--config-dir", "-cn", "--config-name", "-cp", "--config-path")
+_OF_ONE_JOB = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PL_GLOBAL_SEED", "PL_SEED_WORKERS")
 
 
 def run_stamp() -> str:
@@ -34,34 +31,30 @@ def run_stamp() -> str:
     return datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")
 
 
-def run_key(overrides: Sequence[str]) -> str:
-    """A sweep folder's name for a job: its overrides, readable as far as 48 characters go, and 8 digits of their hash.
-
-    >>> run_key(["seed=1", "switch.at=3ep"])
-    'seed-1_switch.at-3ep_433df39d'
-    """
-    text = ",".join(str(override) for override in overrides)
-    head = re.sub(r"[^\w.+-]+", "_", text.replace("=", "-")).strip("_")[:48]
-    return f"{head}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-# At import, so that the workers of a launcher, which import the task function, have them too.
+# At import, so that the workers of a launcher, which import the task function, have it too.
 OmegaConf.register_new_resolver("run_stamp", run_stamp, use_cache=True, replace=True)
-OmegaConf.register_new_resolver("run_key", run_key, replace=True)
+
+
+def overrides() -> list[str]:
+    """What was typed for this job, with its interpolations as they stand."""
+    typed: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    return list(typed)
 
 
 def run(command: str, task: Callable[[DictConfig, Signals], float | None], config: DictConfig) -> float | None:
     """Runs a task as one job, and turns what ends it into what the shell or the sweep expects.
 
-    A user's mistake and a signal end a single run with their exit code; within a sweep a mistake fails the job alone, while a
-    signal ends the sweep.
+    A user's mistake and a signal end a single run with their exit code. Within a sweep a mistake or an exception fails the job
+    alone, while a signal ends the sweep.
 
     Args:
         command: the sub-command's name.
         task: what to run.
         config: the composed config.
     """
-    os.environ.pop("HYDRA_FULL_ERROR", None)
+    sweep = Sweep.current
+    if sweep is None:
+        os.environ.pop("HYDRA_FULL_ERROR", None)
     with Signals() as signals, _as_lightning_expects(command):
         try:
             return task(config, signals)
@@ -70,28 +63,31 @@ def run(command: str, task: Callable[[DictConfig, Signals], float | None], confi
                 _say(str(stop))
             _exit(stop.exit_code)
         except UserError as error:
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
-                os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then lets it pass to the command line, which shows its text
-                raise
-            _say(f"lightning-adaptive: {error}")
-            sys.exit(error.exit_code)
+            if sweep is None:
+                _say(f"lightning-adaptive: {error}")
+                sys.exit(error.exit_code)
+            sweep.failed(str(error), error.exit_code)
         except Exception as error:
-            signum = signals.cause()
-            if not signum:
-                _say_lost(signals)
+            if signum := signals.cause():
+                # What followed from a signal that this process, or one that it started, could not save for.
+                _say(f"{Interrupted(signum)} ({one_line(error)})")
+                _exit(128 + signum)
+            lost = _lost(signals)
+            if sweep is None:
+                if lost:
+                    _say(f"lightning-adaptive: {lost}, so the others ended too. The run goes on with resume=last.")
                 raise
-            # What followed from a signal that this process, or one that it started, could not save for.
-            _say(f"{Interrupted(signum)} ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
-            _exit(128 + signum)
+            traceback.print_exc()
+            sweep.failed(lost or one_line(error))
+    return None
 
 
-def _say_lost(signals: Signals) -> None:
-    """Names the process that has failed; what this one saw of it is a broken connection."""
+def _lost(signals: Signals) -> str:
+    """The process that failed, if one did; what this one saw of it is a broken connection."""
     deadline = time.monotonic() + 1
     while not (lost := signals.lost()) and signals.has_processes and time.monotonic() < deadline:
         time.sleep(0.05)  # its end is seen over the connection first
-    if lost:
-        _say(f"lightning-adaptive: {lost}, so the others ended too. The run goes on with resume=last.")
+    return lost
 
 
 def _is_first() -> bool:
@@ -108,23 +104,23 @@ def _exit(code: int) -> NoReturn:
 
 def _say(message: str) -> None:
     rank = "" if _is_first() else f"[rank {os.environ['LOCAL_RANK']}] "
-    print(f"{rank}{message}", file=sys.stderr, flush=True)  # noqa: T201
+    print(f"{rank}{message}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def _as_lightning_expects(command: str) -> Iterator[None]:
     """Lets Lightning start its other processes with this job's command line, and forgets them afterwards.
 
-    Lightning repeats ``sys.argv`` and appends ``hydra.run.dir``. The sub-command is not in it, a sweep's is not this job's, and
-    a console script's file may not be Python.
+    Lightning repeats ``sys.argv`` and appends ``hydra.run.dir``. The sub-command is not in it, a sweep's is not this job's, that
+    of a launcher's worker is the launcher's, and a console script's file may not be Python.
     """
     import __main__
 
     hydra: Any = HydraConfig.get()
     kept = {"argv": sys.argv, "spec": __main__.__spec__, "run_dir": hydra.run.dir}
-    environment = {name: os.environ.get(name) for name in _DISTRIBUTED}
+    environment = {name: os.environ.get(name) for name in _OF_ONE_JOB}
     search_path = [override for override in hydra.overrides.hydra if override.startswith("hydra.searchpath=")]
-    sys.argv = [sys.argv[0], command, *_flags(sys.argv[1:]), *search_path, *hydra.overrides.task]
+    sys.argv = [sys.argv[0], command, *_flags(hydra), *search_path, *overrides()]
     __main__.__spec__ = importlib.util.find_spec("lightning_adaptive.__main__")
     with read_write(hydra):
         hydra.run.dir = hydra.runtime.output_dir
@@ -152,12 +148,17 @@ def _forget_processes(environment: dict[str, str | None]) -> None:
             os.environ[name] = value
 
 
-def _flags(arguments: Sequence[str]) -> list[str]:
-    """Hydra's flags that decide what is composed, with folders made absolute."""
-    flags: list[str] = []
-    for index, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name in _FLAGS:
-            value = value if equals else arguments[index + 1]
-            flags += [name, str(Path(value).resolve()) if name in ("-cd", "--config-dir") else value]
-    return flags
+def _flags(hydra: Any) -> list[str]:
+    """Hydra's flags for the places that this job's config was composed from."""
+    folders = {
+        source.provider: source.path if source.schema == "file" else f"{source.schema}://{source.path}"
+        for source in hydra.runtime.config_sources
+    }
+    own = ["-cd", folders["command-line"]] if "command-line" in folders else []
+    return ["-cp", folders["main"], "-cn", hydra.job.config_name, *own]
+
+
+def tell_processes(told: Sequence[str]) -> None:
+    """Puts overrides into the command line of the processes that Lightning will start, in place of earlier ones of their keys."""
+    keys = {override.partition("=")[0] for override in told}
+    sys.argv = [argument for argument in sys.argv if argument.partition("=")[0] not in keys] + list(told)

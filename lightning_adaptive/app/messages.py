@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hydra_plugins.lightning_adaptive import data_folder
+from hydra_plugins.lightning_adaptive import SWITCH_SLOTS, data_folder
 from lightning_adaptive.errors import did_you_mean
 
 _SHOWN = 30
@@ -24,13 +24,15 @@ _NO_NAME = re.compile(r"null|true|false|[-+.\d].*|", re.IGNORECASE)
 """What Hydra reads as something else than the name of a file."""
 
 
-def hydra_message(error: CompactHydraException | ValueError, arguments: Sequence[str]) -> str:
-    """One message for an error that Hydra raised while it composed the config.
+def hydra_message(error: CompactHydraException | OSError | ValueError, arguments: Sequence[str]) -> str:
+    """One message for an error that Hydra raised before a job began: composing the config, making the run's folder.
 
     Args:
         error: what Hydra raised.
         arguments: the command line without the sub-command.
     """
+    if isinstance(error, OSError) and not isinstance(error, CompactHydraException):
+        return f"{error.filename}: {error.strerror}. A run writes there: hydra.run.dir=FOLDER names another place."
     if isinstance(error, OverrideParseException):
         return f"{error.override}: cannot be read. Write key=value, and quote a value with special characters: \"key='a=b'\"."
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
@@ -47,6 +49,8 @@ def _missing_choice(path: str, arguments: Sequence[str]) -> str:
     known = _groups(arguments)
     group = next((path[:end] for end in _slashes(path) if path[:end] in known), path.rpartition("/")[0])
     choice = path.removeprefix(f"{group}/")
+    if not group:
+        return f"-cn {choice}: there is no such config. Ours is train; one of your own lies in the folder of -cd."
     options = _options(group, arguments)
     typed = next(
         (argument for argument in arguments if choice in argument.partition("=")[2] and _group(argument) == group),
@@ -70,7 +74,13 @@ def _unknown_key(key: str, others: Sequence[str], arguments: Sequence[str]) -> s
     if "@" in key:
         return _unknown_place(key, others, arguments)
     parent, _, name = key.rpartition(".")
+    slot = parent.rpartition(".")[2]
     keys = _keys(parent, [argument for argument in arguments if _key(argument) != key])
+    group = SWITCH_SLOTS.get(slot, slot)
+    if not keys and group in _groups(arguments):
+        place = f"{group}@{parent}" if "." in parent else group
+        choices = _listed(_options(group, arguments))
+        return f"{_typed(key, arguments)}: {parent} is empty. Choose a file for it first: {place}={choices.partition(',')[0]}."
     allowed = f" Keys: {_listed(keys)}." if keys else ""
     where = f" in {parent}" if parent else ""
     return f"{_typed(key, arguments)}: there is no key {name!r}{where}.{did_you_mean(name, keys)}{allowed}"
@@ -97,12 +107,22 @@ def _chosen_already(group: str, _: Sequence[str], arguments: Sequence[str]) -> s
     return f"{_typed(group, arguments)}: {group} is chosen already. Write it without the plus, to choose another."
 
 
+def _added_group(override: str, _: Sequence[str], __: Sequence[str]) -> str:
+    return f"{override}: a group is chosen without a plus: {override.lstrip('+')}."
+
+
+def _there_already(key: str, _: Sequence[str], arguments: Sequence[str]) -> str:
+    return f"{_typed(key, arguments)}: {key} is there already. Write it without the plus, to change it."
+
+
 _EXPLAINED = [
+    (re.compile(r"force-add of config groups is not supported: '(.+)'"), _added_group),
     (re.compile(r"(Config group override must be a string)"), _no_choice),
     (re.compile(r"(?:Could not override|Could not delete from config\.) '([^']+)'"), _unknown_key),
     (re.compile(r"Override \S+ looks like .* config group '([^']+)' does not exist"), _unknown_group),
     (re.compile(r"Ambiguous value for argument '(.+)'$"), _several_values),
     (re.compile(r"Multiple values for ([^.\s]\S*)\. "), _chosen_already),
+    (re.compile(r"Could not append to config\. An item is already at '([^']+)'"), _there_already),
 ]
 """How the first lines of Hydra's errors begin, and what says the same in the user's words."""
 

@@ -74,4 +74,4 @@ class EpochLines(ProgressBar):
         metrics = "  ".join(f"{name} {float(trainer.callback_metrics[name]):.4f}" for name in shown)
         epochs = trainer.max_epochs if trainer.max_epochs not in (None, -1) else "?"
         line = f"epoch {trainer.current_epoch + 1}/{epochs}  step {trainer.global_step}  phase {phase}  lr {lr}  {metrics}"
-        print(line, flush=True)  # noqa: T201
+        print(line, flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import socket
+import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -108,18 +109,31 @@ def newest_checkpoint(folder: Path) -> tuple[Path, list[str]]:
     Raises:
         CheckpointError: when there is none.
     """
+    found, lines = _newest(folder)
+    if found is None:
+        reason = " ".join(lines) or "No checkpoint was written there."
+        raise CheckpointError(f"resume={folder}: {reason} Start the run anew, without resume.")
+    return found, lines
 
+
+def left_off(folder: Path) -> tuple[Path, list[str]] | None:
+    """The same for a job of a sweep that was begun before; None for one that begins, or begins anew because none is whole."""
+    found, lines = _newest(folder)
+    if found is not None:
+        return found, lines
+    if lines:
+        print("\n".join([*lines, f"{folder}: no checkpoint is whole, so the run starts anew."]), file=sys.stderr)
+    return None
+
+
+def _newest(folder: Path) -> tuple[Path | None, list[str]]:
     def step(path: Path) -> int | None:
         from lightning_adaptive.strategies import saved_step  # not for an empty folder: with torch it takes seconds
 
         return saved_step(path)
 
     found, broken = checkpoints.newest(folder / "checkpoints", step)
-    lines = [f"{path}: {wrong}." for path, wrong in broken.items()]
-    if found is None:
-        reason = " ".join(lines) or "No checkpoint was written there."
-        raise CheckpointError(f"resume={folder}: {reason} Start the run anew, without resume.")
-    return found, lines
+    return found, [f"{path}: {wrong}." for path, wrong in broken.items()]
 
 
 def keep_curves(loggers: Iterable[Logger], step: int) -> None:

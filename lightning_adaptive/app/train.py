@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from hydra_plugins.lightning_adaptive import data_folder
 from lightning_adaptive import checkpoints
-from lightning_adaptive.app import job, resume
+from lightning_adaptive.app import checks, job, recipe, resume
 from lightning_adaptive.app.interrupt import Signals
+from lightning_adaptive.app.sweep import Sweep, claim, overseen
 from lightning_adaptive.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,27 +26,50 @@ if TYPE_CHECKING:
     from lightning_adaptive.report import PhaseReport
 
 
+RESULT = "result.json"
+
+
+def main() -> None:
+    """One run, or the jobs of a sweep."""
+    with overseen():
+        _app()
+
+
 @hydra.main(version_base="1.3", config_path=str(data_folder("conf")), config_name="train")
-def main(config: DictConfig) -> float | None:
+def _app(config: DictConfig) -> float | None:
     """The Hydra application; returns the monitored metric, for a sweeper that optimizes it."""
     return job.run("train", _train, config)
 
 
 def _train(config: DictConfig, signals: Signals) -> float | None:
+    checks.check(config)
     folder = Path(config.output_dir)
     resume.lock(folder)
     try:
+        if Sweep.current is not None:
+            claim(folder, config)
+            if (folder / RESULT).is_file():
+                print(f"DONE already: {folder}")
+                return _metric(folder / RESULT, config.task.get("monitor"))
         return _train_in(folder, config, signals)
     finally:
         resume.unlock(folder)
 
 
+def _metric(result: Path, monitor: str | None) -> float | None:
+    """The monitored metric of a finished run, as it was returned then; infinities, which JSON does not know, as NaN."""
+    metrics = json.loads(result.read_text(encoding="utf-8"))["metrics"]
+    if monitor not in metrics:
+        return None
+    return math.nan if metrics[monitor] is None else float(metrics[monitor])
+
+
 def _train_in(folder: Path, config: DictConfig, signals: Signals) -> float | None:
     checkpoint, broken = _checkpoint(config, folder)
-    _check_seed(config.seed)
     _require("rich", "matplotlib")
     import lightning.pytorch as pl
     from lightning.pytorch.callbacks import Checkpoint
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
     from lightning_adaptive import config as build
@@ -83,13 +110,17 @@ def _train_in(folder: Path, config: DictConfig, signals: Signals) -> float | Non
         resume.keep_curves(trainer.loggers, step)
         for line in (*broken, f"RESUMED from {checkpoint} (step {step})."):
             rank_zero_info(line)
+    for line in recipe.lines(HydraConfig.get().runtime.choices, job.overrides()) if trainer.is_global_zero else ():
+        rank_zero_info(line)
     try:
         trainer.fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         # Before the test, which loads the best checkpoint and with it the report's state of that time.
         phases, metrics = report.phases, {name: float(value) for name, value in trainer.callback_metrics.items()}
         tested = _test(trainer, model, data) if config.test else {}
-    except BaseException:
+    except BaseException as error:
         strategies.end_processes(trainer)
+        if isinstance(error, MisconfigurationException):  # Lightning's word for settings that do not go together
+            raise ConfigError(str(error)) from error
         raise
     if trainer.is_global_zero:
         _close(trainer, folder, phases, monitor, metrics, tested, seed=config.seed)
@@ -129,10 +160,10 @@ def _close(
     (folder / "summary.md").write_text(f"{report.markdown(header, rows)}\n\n{test}\n", encoding="utf-8")
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     facts |= {"steps": trainer.global_step, "best_checkpoint": os.path.relpath(best, folder) if best else None}
-    report.write_result(folder / "result.json", phases, {**metrics, **tested}, **facts)
     curves = folder / "metrics.csv"
     if curves.is_file():
         report.picture(curves, phases, monitor, folder / "run.png")
+    report.write_result(folder / RESULT, phases, {**metrics, **tested}, **facts)
     show_result(header, rows, test, folder)
 
 
@@ -147,17 +178,18 @@ def _checkpoint(config: DictConfig, folder: Path) -> tuple[Path | None, list[str
         raise ConfigError("resume goes on in a run's folder, ckpt_path in a new one. Give one of the two.", "ckpt_path")
     if config.resume:
         return resume.newest_checkpoint(folder)
+    if Sweep.current is not None and (left := resume.left_off(folder)):
+        config.resume, config.ckpt_path = str(folder), None
+        job.tell_processes([f"resume='{folder}'", "ckpt_path=null"])
+        return left
     if config.ckpt_path is None:
         return None, []
+    if config.ckpt_path == "":
+        raise ConfigError("'' names no checkpoint. Write its path, or null.", "ckpt_path")
     path = Path(config.ckpt_path)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         checkpoints.check(path, f"ckpt_path={config.ckpt_path}")
     return path, []
-
-
-def _check_seed(seed: Any) -> None:
-    if seed is not None and (type(seed) is not int or not 0 <= seed < 2**32):
-        raise ConfigError(f"{seed!r} is no seed. Write a whole number from 0 to {2**32 - 1}, or null.", "seed")
 
 
 def _silence_noise() -> None:

@@ -19,10 +19,15 @@ class DigitsData(LightningDataModule):
         batch_size: images of a batch on each process.
         split_seed: seed of the split.
         num_workers: processes that load.
+
+    Raises:
+        ValueError: for numbers of images or processes that cannot be.
     """
 
     def __init__(self, batch_size: int = 32, split_seed: int = 0, num_workers: int = 0) -> None:
         super().__init__()
+        if batch_size < 1 or num_workers < 0:
+            raise ValueError(f"batch_size is at least 1 and num_workers at least 0, not {batch_size} and {num_workers}")
         self.batch_size = batch_size
         self.split_seed = split_seed
         self.num_workers = num_workers

@@ -1,0 +1,58 @@
+"""``train --help`` and completion, over the same of a bare application of Hydra's; each in a fresh process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+from paired import Ratio, compare
+
+BARE = """
+import hydra
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="app")
+def main(config):
+    pass
+
+
+main()
+"""
+OURS = [sys.executable, "-m", "lightning_adaptive"]
+LINE = "train optimizer=a"
+
+
+def seconds(command: list[str], folder: str, taken: list[float], **environment: str) -> float:
+    begin = time.perf_counter()
+    subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **environment})
+    taken.append(time.perf_counter() - begin)
+    return taken[-1]
+
+
+def measure(pairs: int) -> list[Ratio]:
+    """The ratios of the times of two whole processes; the name holds our median in seconds."""
+    ratios = []
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "app.py").write_text(BARE, encoding="utf-8")
+        Path(folder, "conf").mkdir()
+        Path(folder, "conf", "app.yaml").write_text("optimizer: a\n", encoding="utf-8")
+        bare = [sys.executable, "app.py"]
+        for name, ours, theirs in (
+            ("`train --help`", [*OURS, "train", "--help"], [*bare, "--help"]),
+            ("completion", [*OURS, "-sc", "query=bash"], [*bare, "-sc", "query=bash"]),
+        ):
+            taken: list[float] = []
+            ratio = compare(
+                name,
+                lambda ours=ours, taken=taken: seconds(ours, folder, taken, COMP_LINE=f"lightning-adaptive {LINE}"),
+                lambda theirs=theirs: seconds(theirs, folder, [], COMP_LINE="python app.py optimizer=a"),
+                pairs,
+            )
+            own = f"{name}, {median(taken[1:]):.2f} s, over that of an application of Hydra's with one key"
+            ratios.append(Ratio(own, ratio.goal, ratio.median, ratio.low, ratio.high, ratio.pairs))
+    return ratios
