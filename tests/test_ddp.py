@@ -33,7 +33,7 @@ def environment() -> dict[str, str]:
 
 @pytest.mark.parametrize(
     "strategy",
-    ["ddp", "ddp_spawn", pytest.param("ddp_fork", marks=pytest.mark.slow), pytest.param("ddp_notebook", marks=pytest.mark.slow)],
+    ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp_spawn", "ddp_fork", "ddp_notebook"))],
 )
 def test_a_script_switches_on_both_ranks(strategy: str, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT.format(strategy=strategy), encoding="utf-8")

@@ -65,7 +65,6 @@ def test_plain_lightning_does_not_lead_back(tmp_path: Path) -> None:
 PAIRED = {
     "ddp": Case(strategy="ddp", validated=True, switched=True),
     "fsdp2": Case(strategy="fsdp2 sharded", validated=True, switched=True),
-    "zero-2": Case(strategy="deepspeed 2", switched=True),
 }
 PAIRED_SLOW = {
     "fsdp": Case(strategy="fsdp sharded", switched=True),
@@ -78,6 +77,7 @@ PAIRED_SLOW = {
     "fsdp2, max_steps": Case(strategy="fsdp2 sharded", options={"max_steps": 12, "max_epochs": -1}, validated=True),
     "fsdp2, reads the number of steps": Case(strategy="fsdp2 sharded", module=("reads the number of steps", "draws at the start")),
     "fsdp2 full": Case(strategy="fsdp2 full", validated=True, switched=True),
+    "zero-2": Case(strategy="deepspeed 2", switched=True),
     "zero-3": Case(strategy="deepspeed 3", switched=True),
 }
 

@@ -41,7 +41,7 @@ MISTAKES: list[tuple[str, str]] = [
         "logger=[csv,tensorbord]: logger has no 'tensorbord'. Did you mean 'tensorboard'? "
         "Choices: csv, many, mlflow, tensorboard, wandb.",
     ),
-    ("switch=null", "switch=null: 'null' is not the name of a file of switch. Choices: adam_to_sgd, none."),
+    ("switch=null", "switch=null: 'null' is not the name of a file of switch. Choices: adam_to_sgd, none, to_lbfgs."),
     (
         "optimizer@switch.optimzer=sgd",
         "optimizer@switch.optimzer=sgd: there is no place 'optimizer@switch.optimzer'. Did you mean 'optimizer@switch.optimizer'? "

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 
 from tests.cpu_strategies import STRATEGIES
 from tests.support import ROOT, command
@@ -60,7 +61,7 @@ OURS = [words for words in commands() if words[0] == "lightning-adaptive"]
 
 def test_every_command_is_one_that_is_tested_here() -> None:
     assert {words[0] for words in commands()} == {"make", "lightning-adaptive"}
-    assert len(OURS) == 8
+    assert len(OURS) == 10
     assert "lightning-adaptive train ... ckpt_path=RUN/checkpoints/interrupted.ckpt" in README  # tests/test_signals.py runs it
 
 
@@ -76,14 +77,17 @@ def test_a_command_of_the_readme(words: list[str], tmp_path: Path) -> None:
     if "task=mine" in words:
         (tmp_path / "mylab.py").write_text(MYLAB, encoding="utf-8")
         (tmp_path / "conf" / "task").mkdir(parents=True)
-        [yaml] = blocks(README, "yaml")
+        [_, yaml] = blocks(README, "yaml")
         (tmp_path / "conf" / "task" / "mine.yaml").write_text(yaml, encoding="utf-8")
     if "resume=last" in words:
         assert command(["train", "recipe=digits_adam_to_sgd", "trainer.max_epochs=2"], tmp_path).returncode == 0
     ended = command(words[1:], tmp_path)
     assert ended.returncode == 0, ended.stderr
+    if words[1] == "list":
+        assert len(ended.stdout.splitlines()) == len(list((ROOT / "conf" / "optimizer").glob("*.yaml")))
+        return
     results = list(tmp_path.rglob("result.json"))
-    assert len(results) == (3 if "-m" in words else 1)
+    assert len(results) == (4 if "study=moments" in words else 3 if "-m" in words else 1)
     assert ("SWITCH" in ended.stderr) == ("switch=none" not in words and "resume=last" not in words)
 
 
@@ -92,6 +96,16 @@ def test_a_command_of_the_readme(words: list[str], tmp_path: Path) -> None:
 )
 def test_a_target_of_make_exists(target: str) -> None:
     subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True, timeout=30)
+
+
+def test_the_application_of_the_readme_gets_our_groups(tmp_path: Path) -> None:
+    [app, _] = blocks(README, "yaml")
+    (tmp_path / "app.yaml").write_text(app, encoding="utf-8")
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        whole = compose("app", ["switch.at=3ep"])
+    assert whole.optimizer._target_ == "torch.optim.AdamW"
+    assert whole.switch._target_ == "lightning_adaptive.OptimizerSwitchCallback"
+    assert whole.switch.at == "3ep"
 
 
 def python_blocks() -> dict[str, str]:

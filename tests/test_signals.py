@@ -188,8 +188,8 @@ def test_a_signal_to_one_process_saves_a_checkpoint_that_resumes(
 @pytest.mark.parametrize(
     ("target", "signum"),
     [
-        pytest.param("rank 1", signal.SIGTERM),
         pytest.param("group", signal.SIGINT),
+        pytest.param("rank 1", signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param("rank 0", signal.SIGINT, marks=pytest.mark.slow),
         pytest.param("rank 0", signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param("rank 1", signal.SIGINT, marks=pytest.mark.slow),

@@ -6,18 +6,15 @@ process calls the same targets without the gate, which shows that the hook would
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import inspect
 import json
 import os
-import pkgutil
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,377 +27,24 @@ from torch.optim import Optimizer
 from lightning_adaptive import attach, config, trust
 from lightning_adaptive.errors import ConfigError, ConfigTypeError
 from lightning_adaptive.trust import TRUST_VARIABLE
+from tests.hostile import HOSTILE, IN_THE_WORKING_FOLDER, OPT, PAYLOAD, SLOTS
 from tests.support import ROOT, Net, loader, trainer
 
 # What a config may not bring in
 
-TOUCH = "touch payload_ran"
-PICKLES = ("payload.pickle", "payload.npy")
 
-
-@dataclass(frozen=True)
-class Hostile:
-    """A target, what it would be called with, and what the watch sees when it is called.
-
-    Args:
-        target: as a config would name it.
-        effect: the audit event of its doing; empty for what only makes an object, and for names that lead nowhere.
-        args: positional values, in a config ``_args_``.
-        options: the others; a mapping with ``_target_`` is a node of its own.
-    """
-
-    target: str
-    effect: str = ""
-    args: tuple[Any, ...] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def node(self) -> dict[str, Any]:
-        return {"_target_": self.target, **({"_args_": list(self.args)} if self.args else {}), **self.options}
-
-
-def hostile(target: str, effect: str = "", *args: Any, **options: Any) -> Hostile:
-    return Hostile(target, effect, args, options)
-
-
-HOSTILE = [
-    # Commands, under their own names and under those that other modules lend them
-    hostile("os.system", "os.system", command=TOUCH),
-    hostile("posix.system", "os.system", command=TOUCH),
-    hostile("logging.os.system", "os.system", command=TOUCH),
-    hostile("torch.os.system", "os.system", command=TOUCH),
-    hostile("torch.hub.os.system", "os.system", command=TOUCH),
-    hostile("lightning.fabric.os.system", "os.system", command=TOUCH),
-    hostile("lightning_adaptive.trust.os.system", "os.system", command=TOUCH),
-    hostile("pytorch_optimizer.base.optimizer.torch.os.system", "os.system", command=TOUCH),
-    hostile("joblib.os.system", "os.system", command=TOUCH),
-    hostile("torch.optim.adam.os.system", command=TOUCH),
-    hostile("__main__.os.system", "os.system", command=TOUCH),
-    hostile("os.popen", "subprocess.Popen", TOUCH),
-    hostile("os.execv", "os.exec", "/bin/sh", ["sh", "-c", TOUCH]),
-    hostile("os.posix_spawn", "os.posix_spawn", "/bin/sh", ["sh", "-c", TOUCH], {}),
-    hostile("os.fork", "os.fork"),
-    hostile("pty.spawn", "pty.spawn", ["sh", "-c", TOUCH]),
-    hostile("subprocess.Popen", "subprocess.Popen", TOUCH, shell=True),
-    hostile("subprocess.run", "subprocess.Popen", TOUCH, shell=True),
-    hostile("subprocess.getoutput", "subprocess.Popen", TOUCH),
-    hostile("torch.utils.collect_env.run", "subprocess.Popen", command=TOUCH),
-    hostile("torch.utils.collect_env.subprocess.check_output", "subprocess.Popen", TOUCH, shell=True),
-    hostile("setuptools._distutils.spawn.spawn", "subprocess.Popen", cmd=["touch", "payload_ran"]),
-    # Code as text
-    hostile("builtins.eval", "compile", "__import__('os').system('touch payload_ran')"),
-    hostile("builtins.exec", "compile", "import payload_import"),
-    hostile("builtins.compile", "compile", "payload", "payload", "exec"),
-    hostile("timeit.timeit", "compile", "payload", number=1),
-    hostile("cProfile.run", "compile", "payload"),
-    hostile("code.InteractiveInterpreter.runsource", "compile", {"_target_": "code.InteractiveInterpreter"}, "payload()"),
-    hostile("sympy.sympify", "compile", "__import__('os').system('touch payload_ran')"),
-    hostile("sympy.parsing.sympy_parser.parse_expr", "compile", "__import__('os').system('touch payload_ran')"),
-    # Code in files
-    hostile("builtins.__import__", "import", "payload_import"),
-    hostile("importlib.import_module", "compile", name="payload_import"),
-    hostile("pkgutil.resolve_name", "compile", name="payload_import.Opt"),
-    hostile("pydoc.locate", "import", "payload_import.Opt"),
-    hostile("runpy.run_path", "compile", "payload_import.py"),
-    hostile("hydra.utils.get_method", path="os.system"),
-    hostile("hydra.utils.get_object", "compile", path="payload_import.Opt"),
-    hostile("hydra.utils.instantiate", "compile", {"_target_": "payload_import.Opt"}),
-    hostile("hydra._internal.utils._locate", "compile", "payload_import.Opt"),
-    hostile("torch.importlib.import_module", "compile", "payload_import"),
-    hostile("torch.hub.load", "compile", repo_or_dir=".", model="entry", source="local"),
-    hostile("torch.ops.load_library", "ctypes.dlopen", "payload.so"),
-    hostile("ctypes.CDLL", "ctypes.dlopen", "payload.so"),
-    hostile("numpy.ctypeslib.load_library", "ctypes.dlopen", "payload.so", "."),
-    hostile("torch.utils.cpp_extension.load_inline", "open", name="payload", cpp_sources="payload", build_directory="payload"),
-    # Pickles
-    hostile("pickle.loads", "pickle.find_class", b"cos\nsystem\n(S'touch payload_ran'\ntR."),
-    hostile("cloudpickle.loads", "pickle.find_class", b"cos\nsystem\n(S'touch payload_ran'\ntR."),
-    hostile("joblib.load", "pickle.find_class", "payload.pickle"),
-    hostile("torch.load", "pickle.find_class", f="payload.pickle", weights_only=False),
-    hostile("torch.serialization.load", "pickle.find_class", f="payload.pickle", weights_only=False),
-    hostile("pytorch_optimizer.base.type.torch.load", "pickle.find_class", f="payload.pickle", weights_only=False),
-    hostile("lightning.pytorch.LightningModule.load_from_checkpoint", "pickle.find_class", "payload.pickle", weights_only=False),
-    hostile("numpy.load", "pickle.find_class", file="payload.npy", allow_pickle=True),
-    hostile("yaml.unsafe_load", "os.system", "!!python/object/apply:os.system ['touch payload_ran']"),
-    hostile("pandas.read_pickle", filepath_or_buffer="payload.pickle"),
-    # Files
-    hostile("builtins.open", "open", "payload_ran", "w"),
-    hostile("io.FileIO", "open", "payload_ran", "w"),
-    hostile("pathlib.Path.write_text", "open", {"_target_": "pathlib.Path", "_args_": ["payload_ran"]}, "payload"),
-    hostile("numpy.savetxt", "open", "payload_ran", [1]),
-    hostile("torch.save", "open", [1], "payload_ran", _use_new_zipfile_serialization=False),
-    hostile("joblib.dump", "open", 1, "payload_ran"),
-    hostile("os.makedirs", "os.mkdir", "payload_ran"),
-    hostile("os.remove", "os.remove", "payload.pickle"),
-    hostile("os.rename", "os.rename", "payload.pickle", "payload_ran"),
-    hostile("os.symlink", "os.symlink", "payload.pickle", "payload_ran"),
-    hostile("shutil.copy", "shutil.copyfile", "payload.pickle", "payload_ran"),
-    hostile("shutil.copytree", "shutil.copytree", ".", "payload_ran"),
-    hostile("shutil.rmtree", "shutil.rmtree", "payload_package"),
-    # The network, threads and processes
-    hostile("urllib.request.urlopen", "urllib.Request", "http://127.0.0.1:9/payload"),
-    hostile("socket.create_connection", "socket.getaddrinfo", ["127.0.0.1", 9]),
-    hostile("socket.socket", "socket.__new__"),
-    hostile("torch.hub.load_state_dict_from_url", "os.mkdir", "http://127.0.0.1:9/payload", model_dir="payload_ran"),
-    hostile("threading.Timer", interval=0, function={"_target_": "os.getpid"}),
-    hostile("multiprocessing.Process"),
-    hostile("webbrowser.BackgroundBrowser", name="sh"),
-    hostile("asyncio.run", "compile", {"_target_": "builtins.eval", "_args_": ["'payload'"]}),
-    # Programs within installed packages, which run when they are imported
-    hostile("tqdm.__main__.main", "exec"),
-    hostile("pygments.__main__.main", "exec"),
-    hostile("PIL.__main__.main", "exec"),
-    # The working folder: when it is imported; when it is called; in a package; under an installed name; with a dist-info of its
-    # own; in the folder of a package that has several
-    hostile("payload_import.Opt", "compile"),
-    hostile("payload_constructor.Opt", "compile"),
-    hostile("payload_package.inner.Opt", "compile"),
-    hostile("schedulefree.AdamWScheduleFree", "compile"),
-    hostile("claimed.Opt", "compile"),
-    hostile("google.payload.Opt", "compile"),
-    # A node within a node
-    hostile("torch.optim.Adam", "subprocess.Popen", betas=[{"_target_": "subprocess.Popen", "args": TOUCH, "shell": True}, 0.9]),
-    hostile("torch.optim.SGD", "os.system", {"_target_": "os.system", "command": TOUCH}),
-    hostile("pytorch_optimizer.Lion", "os.system", [], anything={"deeper": [{"_target_": "os.system", "command": TOUCH}]}),
-    hostile("functools.partial", "os.system", {"_target_": "os.system", "command": TOUCH}),
-    # Parts of classes, and spellings that something might read otherwise
-    hostile("torch.optim.SGD.__init__"),
-    hostile("torch.optim.SGD.__class__"),
-    hostile("torch.optim.SGD.__init__.__globals__"),
-    hostile("torch.optim.SGD.__subclasses__"),
-    hostile("torch.__builtins__.eval", args=["1"]),
-    hostile("torch.__loader__.load_module", fullname="payload_import"),
-    hostile("__main__.absent"),
-    hostile("os:system", "os.system", command=TOUCH),
-    hostile("torch.hub:os.system", "os.system", command=TOUCH),
-    hostile(" os.system", command=TOUCH),
-    hostile("os.system\n", command=TOUCH),
-    hostile("\uff4f\uff53.system", command=TOUCH),
-    hostile("torch.\uff4f\uff53.system", command=TOUCH),
-    hostile("os..system", command=TOUCH),
-    hostile(".os.system", command=TOUCH),
-    hostile("torch.os.system.", command=TOUCH),
-    hostile("torch.1.system", command=TOUCH),
-    hostile("", command=TOUCH),
-    hostile(".", command=TOUCH),
-    hostile("system", command=TOUCH),
-    hostile("../payload_import.Opt"),
-    hostile("payload import.Opt"),
-]
-
-IN_THE_WORKING_FOLDER = [one for one in HOSTILE if one.target.startswith(("payload_", "schedulefree", "claimed", "google"))]
-
-RUNS = "import os\nos.system('touch payload_ran')\n"
-OPT = "import torch\nclass Opt(torch.optim.SGD):\n    pass\nAdamWScheduleFree = Opt\n"
-PAYLOAD = {
-    "payload_import.py": RUNS + OPT,
-    "payload_constructor.py": (
-        "import torch\nclass Opt(torch.optim.SGD):\n    def __init__(self, *_, **__):\n        open('payload_ran', 'w').close()\n"
-    ),
-    "payload_package/__init__.py": "",
-    "payload_package/inner.py": RUNS + OPT,
-    "schedulefree.py": RUNS + OPT,
-    "claimed.py": RUNS + OPT,
-    "claimed-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: claimed\nVersion: 1.0\n",
-    "claimed-1.0.dist-info/RECORD": "claimed.py,,\n",
-    "claimed.egg-info/PKG-INFO": "Metadata-Version: 2.1\nName: claimed\nVersion: 1.0\n",
-    "claimed.egg-info/top_level.txt": "claimed\n",
-    "google/payload.py": RUNS + OPT,
-    "hubconf.py": RUNS + "def entry():\n    pass\n",
-    "payload.so": "",
-    "payload.pickle": "cos\nsystem\n(S'touch payload_ran'\ntR.",
-    "payload.npy": "cos\nsystem\n(S'touch payload_ran'\ntR.",
-}
-
-SGD = {"_target_": "torch.optim.SGD", "lr": 0.1}
-SWITCH = {"_target_": "lightning_adaptive.OptimizerSwitchCallback", "at": "3ep", "optimizer": SGD}
-TRAINER = {"_target_": "lightning.pytorch.Trainer", "accelerator": "cpu", "logger": False}
-LOGGER = {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": "logs"}
-NET = "lightning_adaptive.tasks.digits.DigitsNet"
-DATA = "lightning_adaptive.tasks.digits.DigitsData"
-
-Slot = Callable[[Any], Any]
-
-
-def optimizer_with(name: str, target: str = "torch.optim.Adam", wrap: Callable[[Any], Any] = lambda node: node) -> Slot:
-    return lambda node: config.optimizer_factory({"_target_": target, name: wrap(node)})
-
-
-def switch_with(name: str) -> Slot:
-    return lambda node: config.switch({**SWITCH, name: node})
-
-
-SLOTS: dict[str, Slot] = {
-    "optimizer": config.optimizer_factory,
-    "optimizer as Hydra would": lambda node: config.optimizer_factory({**node, "_partial_": True, "_recursive_": True}),
-    "optimizer by interpolation": lambda node: config.optimizer_factory(
-        OmegaConf.create({"hidden": node["_target_"], "node": {**node, "_target_": "${hidden}"}}).node
-    ),
-    "optimizer of attach": lambda node: attach(Net(), optimizer=node),
-    "option of an optimizer": optimizer_with("betas"),
-    "list of an optimizer": optimizer_with("betas", wrap=lambda node: [node, 0.9]),
-    "mapping of an optimizer": optimizer_with("betas", wrap=lambda node: {"deeper": [node]}),
-    "unknown option of an optimizer": optimizer_with("anything", "pytorch_optimizer.Lion"),
-    "_args_ of an optimizer": optimizer_with("_args_", wrap=lambda node: [node]),
-    "_args_ of an optimizer that takes anything": optimizer_with("_args_", "pytorch_optimizer.Lion", lambda node: [node]),
-    "scheduler": config.scheduler,
-    "scheduler of attach": lambda node: attach(Net(), optimizer=torch.optim.SGD, scheduler=node),
-    "scheduler in Lightning's dictionary": lambda node: config.scheduler({"scheduler": node, "interval": "epoch"}),
-    "monitor in Lightning's dictionary": lambda node: config.scheduler({"scheduler": None, "monitor": node}),
-    "option of a scheduler": lambda node: config.scheduler({"_target_": "torch.optim.lr_scheduler.LambdaLR", "lr_lambda": node}),
-    "option of a schedule": lambda node: config.scheduler({"_target_": "lightning_adaptive.Cosine", "warmup": node}),
-    "param_groups": config.param_groups,
-    "rule of param_groups": lambda node: config.param_groups({"_target_": "lightning_adaptive.ParamGroups", "norms": node}),
-    "switch": config.switch,
-    **{f"switch.{name}": switch_with(name) for name in ("optimizer", "scheduler", "param_groups", "handover", "then")},
-    **{f"switch.{name}": switch_with(name) for name in ("at", "when", "gradient_clip_val", "on_resume", "enabled", "dry_run")},
-    "switch.then.optimizer": lambda node: config.switch({**SWITCH, "then": {**SWITCH, "at": "5ep", "optimizer": node}}),
-    "callback": lambda node: config.callbacks({"mine": node}),
-    "option of a callback": lambda node: config.callbacks(
-        {"mine": {"_target_": "lightning.pytorch.callbacks.LambdaCallback", "on_train_start": node}}
-    ),
-    "logger": lambda node: config.loggers({"mine": node}),
-    "option of a logger": lambda node: config.loggers({"mine": {**LOGGER, "name": node}}),
-    "trainer": config.trainer,
-    "trainer.strategy": lambda node: config.trainer({**TRAINER, "strategy": node}),
-    "option of a strategy": lambda node: config.trainer(
-        {**TRAINER, "strategy": {"_target_": "lightning.pytorch.strategies.DDPStrategy", "process_group_backend": node}}
-    ),
-    "trainer.plugins": lambda node: config.trainer({**TRAINER, "plugins": [node]}),
-    "trainer.callbacks": lambda node: config.trainer({**TRAINER, "callbacks": {"mine": node}}),
-    "module": lambda node: config.module(node, "task.module"),
-    "option of a module": lambda node: config.module({"_target_": NET, "width": node}, "task.module"),
-    "datamodule": lambda node: config.datamodule(node, "task.data"),
-    "option of a datamodule": lambda node: config.datamodule({"_target_": DATA, "batch_size": node}, "task.data"),
-}
-"""Every place of a config that may hold a node, and places that may not."""
-
-# What happens in the process that tries them
-
-FAMILIES = {
-    "ctypes": "dlopen",
-    "os": "chmod exec fork forkpty kill link mkdir posix_spawn remove rename rmdir symlink system truncate",
-    "pickle": "find_class",
-    "pty": "spawn",
-    "shutil": "chown copyfile copymode copytree make_archive move rmtree unpack_archive",
-    "socket": "__new__ bind connect getaddrinfo",
-    "subprocess": "Popen",
-    "tempfile": "mkdtemp mkstemp",
-    "urllib": "Request",
-}
-EFFECTS = {f"{family}.{name}" for family, names in FAMILIES.items() for name in names.split()}
-"""Audit events that are effects whatever they are called with; `Watch` looks closer at others."""
-
-
-class Ran(BaseException):
-    """Stops what the watch has seen, so that the payload never does its work."""
-
-
-class Watch:
-    """An audit hook that notes what would have had an effect; it cannot be taken away again, so its process is its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.seen: list[str] = []
-        self._folder = str(folder)
-        self._armed = False
-        sys.addaudithook(self._hook)
-
-    @contextlib.contextmanager
-    def armed(self) -> Iterator[None]:
-        self.seen.clear()
-        self._armed = True
-        try:
-            yield
-        finally:
-            self._armed = False
-
-    def _hook(self, event: str, args: tuple[Any, ...]) -> None:
-        if self._armed and self._has_effect(event, args):
-            self.seen.append(event)
-            raise Ran(event)
-
-    def _has_effect(self, event: str, args: tuple[Any, ...]) -> bool:
-        if event == "open":
-            _, mode, flags = args
-            return bool(set(mode or "") & set("wax+") or (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-        if event == "import":
-            return "payload" in str(args[0])
-        if event == "compile":
-            source, name = args
-            return str(name).startswith((self._folder, "payload")) or "payload" in str(source)
-        if event == "exec":
-            code = args[0]
-            names = (*code.co_names, *code.co_consts)
-            return code.co_filename.startswith(self._folder) or code.co_filename.endswith("__main__.py") or "payload" in repr(names)
-        return event in EFFECTS
-
-
-def try_all(folder: str) -> None:
-    """In a process of its own: every target through every slot. Prints what was not refused as a mistake, and what ran."""
-    watch = prepared(folder)
-    tried, ran, passed = 0, [], {}
-    for one in HOSTILE:
-        for slot, build in SLOTS.items():
-            tried += 1
-            with watch.armed():
-                try:
-                    passed[f"{one.target} as {slot}"] = repr(build(one.node))
-                except ConfigError:
-                    pass
-                except BaseException as error:  # noqa: BLE001 - whatever else ends it is a fault that the test shows
-                    passed[f"{one.target} as {slot}"] = repr(error)
-            ran += [f"{one.target} as {slot}: {event}" for event in watch.seen]
-    imported = [name for name in sys.modules if name.startswith(("payload", "claimed", "schedulefree", "google.payload"))]
-    print("\n" + json.dumps({"tried": tried, "ran": ran, "passed": passed, "imported": imported}))
-
-
-def call_all(folder: str) -> None:
-    """In a process of its own: every target without the gate, then those of the working folder without `trust.check`."""
-    watch = prepared(folder)
-    seen = {}
-    for one in HOSTILE:
-        with watch.armed(), contextlib.suppress(BaseException):
-            call_without_the_gate(one.node)
-        seen[one.target] = list(watch.seen)
-    without_trust = {}
-    trust.check = lambda *_: None
-    for one in IN_THE_WORKING_FOLDER:
-        with watch.armed(), contextlib.suppress(BaseException):
-            config.optimizer_factory(one.node)
-        without_trust[one.target] = list(watch.seen)
-    print("\n" + json.dumps({"seen": seen, "without_trust": without_trust}))
-
-
-def prepared(folder: str) -> Watch:
-    """The watch, once what the targets need was imported: installed packages do much when they are."""
-    sys.modules["__main__"].os = os  # type: ignore[attr-defined]
-    for one in HOSTILE:
-        if one not in IN_THE_WORKING_FOLDER and "payload" not in one.target and "__main__" not in one.target:
-            with contextlib.suppress(ImportError, AttributeError, ValueError):
-                pkgutil.resolve_name(one.target)
-    return Watch(Path(folder))
-
-
-def call_without_the_gate(node: Any) -> Any:
-    """What Hydra's ``instantiate`` did before it had a list of what it refuses."""
-    if isinstance(node, list):
-        return [call_without_the_gate(item) for item in node]
-    if not isinstance(node, dict):
-        return node
-    options = {name: call_without_the_gate(value) for name, value in node.items() if name != "_target_"}
-    return pkgutil.resolve_name(node["_target_"])(*options.pop("_args_", ()), **options) if "_target_" in node else options
-
-
-def in_a_process(function: Callable[[str], None], folder: Path) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def happened(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What happened in the process that tried the targets and then called them, in a folder with the payload."""
+    folder = tmp_path_factory.mktemp("hostile")
     for name, text in PAYLOAD.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text, encoding="utf-8")
+        write(folder / name, text)
     before = sorted(folder.rglob("*"))
     ended = subprocess.run(
         # -c leaves the working folder at the head of the search path, as a script in it would.
-        [sys.executable, "-B", "-W", "ignore", "-c", f"from tests.test_trust import *; {function.__name__}({str(folder)!r})"],
+        [sys.executable, "-B", "-W", "ignore", "-c", f"from tests import hostile; hostile.main({str(folder)!r})"],
         cwd=folder,
-        env={**{key: value for key, value in os.environ.items() if key != TRUST_VARIABLE}, "PYTHONPATH": str(ROOT)},
+        env=without_a_word(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -413,15 +57,27 @@ def in_a_process(function: Callable[[str], None], folder: Path) -> dict[str, Any
     return answer
 
 
-def test_no_hostile_target_runs_in_any_slot(tmp_path: Path) -> None:
-    answer = in_a_process(try_all, tmp_path)
-    assert answer == {"tried": len(HOSTILE) * len(SLOTS), "ran": [], "passed": {}, "imported": []}
+def without_a_word() -> dict[str, str]:
+    return {**{name: value for name, value in os.environ.items() if name != TRUST_VARIABLE}, "PYTHONPATH": str(ROOT)}
 
 
-def test_the_watch_sees_what_each_of_them_does(tmp_path: Path) -> None:
-    answer = in_a_process(call_all, tmp_path)
-    assert answer["seen"] == {one.target: [one.effect] if one.effect else [] for one in HOSTILE}
-    assert answer["without_trust"] == {one.target: [one.effect] for one in IN_THE_WORKING_FOLDER}, "it is trust that stops these"
+def write(path: Path, text: str = "") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_no_hostile_target_runs_in_any_slot(happened: dict[str, Any]) -> None:
+    assert happened["tried"] == {"count": len(HOSTILE) * len(SLOTS), "ran": [], "passed": {}, "imported": []}
+
+
+def test_the_watch_sees_what_each_of_them_does(happened: dict[str, Any]) -> None:
+    assert happened["called"] == {one.target: [one.effect] if one.effect else [] for one in HOSTILE}
+
+
+def test_it_is_trust_that_stops_the_working_folder(happened: dict[str, Any]) -> None:
+    assert happened["without trust"] == {one.target: [one.effect] for one in IN_THE_WORKING_FOLDER}
+    assert len(IN_THE_WORKING_FOLDER) == 6
 
 
 def test_no_target_stands_twice() -> None:
@@ -429,9 +85,6 @@ def test_no_target_stands_twice() -> None:
 
 
 # Whose code a config may bring in: what counts as installed
-
-
-Install = Callable[..., Path]
 
 
 @pytest.fixture
@@ -458,12 +111,6 @@ def site(forgotten: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     monkeypatch.chdir(working)
     monkeypatch.setattr(sys, "path", [str(working), str(folder), *sys.path])
     return folder
-
-
-def write(path: Path, text: str = "") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path
 
 
 def describe(
@@ -762,53 +409,71 @@ def test_what_a_trusted_function_makes_is_looked_at(
 
 # The running program may be named without a word
 
-OWN_PROGRAM = """
-import sys
+IMPORTS_TORCH = """
 import torch
 from lightning_adaptive import config
-from lightning_adaptive.errors import ConfigError
 
 class Opt(torch.optim.SGD):
     pass
 
+def answer(target):
+    return config.optimizer_factory({"_target_": target, "lr": 0.1}).func.__module__
+"""
+ASKS_ONLY = """
+from lightning_adaptive import trust
+
+def answer(target):
+    return trust.check(target, "optimizer._target_")
+"""
+PROGRAM = """
+import sys
+from lightning_adaptive.errors import ConfigError
+
 if __name__ == "__main__":
     for target in sys.argv[1:]:
         try:
-            print(config.optimizer_factory({"_target_": target, "lr": 0.1}).func.__module__)
+            print(answer(target))
         except ConfigError as error:
             print(error)
 """
 
 
-@pytest.mark.parametrize(
-    ("start", "package"),
-    [(["-m", "labprogram.train"], "trusted"), (["labprogram/train.py"], "refused")],
-    ids=["as a module", "as a script"],
-)
-def test_the_running_program_may_name_its_own_classes(start: list[str], package: str, tmp_path: Path) -> None:
-    write(tmp_path / "labprogram" / "__init__.py")
-    write(tmp_path / "labprogram" / "train.py", OWN_PROGRAM)
-    write(tmp_path / "labprogram" / "optim.py", OPT)
-    write(tmp_path / "labprogram" / "beside.py", OPT)
-    describe(tmp_path / "labprogram", "beside", "beside.py")
-    write(tmp_path / "labother.py", OPT)
+def answers(start: list[str], targets: list[str], folder: Path) -> list[str]:
+    """What a program of one's own gets for some names."""
     ended = subprocess.run(
-        [sys.executable, *start, "__main__.Opt", "labprogram.optim.Opt", "labother.Opt", "beside.Opt", "__main__.torch.load"],
-        cwd=tmp_path,
-        env={**{key: value for key, value in os.environ.items() if key != TRUST_VARIABLE}, "PYTHONPATH": str(ROOT)},
+        [sys.executable, *start, *targets],
+        cwd=folder,
+        env=without_a_word(),
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.splitlines() == [
+    return ended.stdout.splitlines()
+
+
+def test_a_program_that_runs_as_a_module_may_name_its_package(tmp_path: Path) -> None:
+    write(tmp_path / "labprogram" / "__init__.py")
+    write(tmp_path / "labprogram" / "train.py", IMPORTS_TORCH + PROGRAM)
+    write(tmp_path / "labprogram" / "optim.py", OPT)
+    write(tmp_path / "labother.py", OPT)
+    targets = ["__main__.Opt", "labprogram.optim.Opt", "labother.Opt", "__main__.torch.load"]
+    assert answers(["-m", "labprogram.train"], targets, tmp_path) == [
         "__main__",
-        "labprogram.optim" if package == "trusted" else not_installed("labprogram"),
+        "labprogram.optim",
         not_installed("labother"),
-        not_installed("beside"),
         "optimizer._target_: __main__.torch.load is not a class of Optimizer, which belongs here.",
     ]
+
+
+def test_a_script_may_name_itself_and_nothing_that_lies_beside_it(tmp_path: Path) -> None:
+    write(tmp_path / "labprogram" / "train.py", ASKS_ONLY + PROGRAM)
+    write(tmp_path / "labprogram" / "beside.py", OPT)
+    describe(tmp_path / "labprogram", "beside", "beside.py")  # nor what says there that it is installed
+    targets = ["__main__.Opt", "labprogram.optim.Opt", "beside.Opt"]
+    expected = ["None", not_installed("labprogram"), not_installed("beside")]
+    assert answers(["labprogram/train.py"], targets, tmp_path) == expected
 
 
 # Every optimizer of torch, pytorch_optimizer and schedulefree passes

@@ -24,11 +24,12 @@ COUNTS = {
     "conf": 1,
     "conf/callbacks": 2,
     "conf/handover": 1,
+    "conf/hydra/help": 1,
     "conf/logger": 5,
     "conf/optimizer": 12,
     "conf/param_groups": 2,
     "conf/scheduler": 4,
-    "conf/switch": 2,
+    "conf/switch": 3,
     "conf/task": 1,
     "conf/trainer": 9,
     "recipes": 1,
@@ -57,6 +58,8 @@ def override_of(path: Path) -> str:
     group, name = path.parent.name, path.stem
     if group == "recipes":
         return f"recipe={name}"
+    if group == "help":
+        return f"hydra/help={name}"
     if group == "handover" or name == "inherit":
         return f"{group}@switch.{group}={name}"
     return f"{group}={name}"
@@ -260,7 +263,7 @@ def test_a_switch_takes_a_step_on_either_side(name: str, composed: Any) -> None:
     whole = composed(f"switch={name}", "switch.at=1st")
     with counted_steps() as counts:
         fit(attach(Net(), optimizer=whole.optimizer), 2, config.switch(whole.switch))
-    assert counts == ({"Adam": 2} if name == "none" else {"Adam": 1, "SGD": 1})
+    assert counts == {"none": {"Adam": 2}, "adam_to_sgd": {"Adam": 1, "SGD": 1}, "to_lbfgs": {"Adam": 1, "LBFGS": 1}}[name]
 
 
 def test_a_third_phase_is_one_more_override(composed: Any) -> None:

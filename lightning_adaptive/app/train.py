@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,7 @@ def _train_in(folder: Path, config: DictConfig, signals: Signals) -> float | Non
     from lightning_adaptive.hooks import attach
     from lightning_adaptive.report import RunReport
 
-    _silence_noise()
+    _silence_noise(folder)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     monitor = config.task.get("monitor")
     model = attach(
@@ -192,13 +193,15 @@ def _checkpoint(config: DictConfig, folder: Path) -> tuple[Path | None, list[str
     return path, []
 
 
-def _silence_noise() -> None:
+def _silence_noise(folder: Path) -> None:
     """Lines of Lightning's that say nothing about this run."""
     import logging
     import warnings
 
     # The run folder exists before its logger does: Hydra made it.
     warnings.filterwarnings("ignore", r"Experiment logs directory .* exists and is not empty")
+    # And a run that goes on has checkpoints there.
+    warnings.filterwarnings("ignore", rf"Checkpoint directory {re.escape(str(folder))}/.* exists and is not empty")
     # Lightning 2.6 asks torch in a way that torch 2.13 no longer likes.
     warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\).* is deprecated")
     # Parts of torch warn one another, at every checkpoint of FSDP.
