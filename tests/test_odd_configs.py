@@ -41,6 +41,16 @@ ODD: list[tuple[str, Phases, int]] = [
         [("Adam", 0), ("SGD", 1), ("Adam", 2), ("SGD", 3)],
         4,
     ),
+    (
+        "switch@switch.then=to_lbfgs switch.then.at=80% trainer.max_epochs=3",
+        [("Adam", 0), ("SGD", 8), ("LBFGS", 10)],
+        12,
+    ),
+    (
+        "scheduler@switch.scheduler=cosine switch.scheduler.warmup=5% optimizer@switch.optimizer=adamw",
+        [("Adam", 0), ("AdamW", 3)],
+        4,
+    ),
     ("switch.gradient_clip_val=0.5", ADAM_TO_SGD, 4),
     ("switch.gradient_clip_val=null trainer.gradient_clip_val=1", ADAM_TO_SGD, 4),
     # Values in other spellings, and keys that no file lists.
