@@ -7,6 +7,18 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_adaptive.curves import REX as REX
+    from lightning_adaptive.curves import Cosine as Cosine
+    from lightning_adaptive.curves import CosineRestarts as CosineRestarts
+    from lightning_adaptive.curves import Cyclic as Cyclic
+    from lightning_adaptive.curves import Exponential as Exponential
+    from lightning_adaptive.curves import InverseSqrt as InverseSqrt
+    from lightning_adaptive.curves import Linear as Linear
+    from lightning_adaptive.curves import MultiStep as MultiStep
+    from lightning_adaptive.curves import OneCycle as OneCycle
+    from lightning_adaptive.curves import Polynomial as Polynomial
+    from lightning_adaptive.curves import StepDecay as StepDecay
+    from lightning_adaptive.curves import WarmupStableDecay as WarmupStableDecay
     from lightning_adaptive.durations import Clock as Clock
     from lightning_adaptive.durations import Duration as Duration
     from lightning_adaptive.errors import CheckpointError as CheckpointError
@@ -16,11 +28,15 @@ if TYPE_CHECKING:
     from lightning_adaptive.hooks import attach as attach
     from lightning_adaptive.hooks import configure_optimizers as configure_optimizers
     from lightning_adaptive.param_groups import Inherit as Inherit
+    from lightning_adaptive.param_groups import LayerDecay as LayerDecay
+    from lightning_adaptive.param_groups import MupLike as MupLike
     from lightning_adaptive.param_groups import ParamGroups as ParamGroups
+    from lightning_adaptive.rules import Rule as Rule
     from lightning_adaptive.schedules import Constant as Constant
-    from lightning_adaptive.schedules import Cosine as Cosine
+    from lightning_adaptive.schedules import Curve as Curve
+    from lightning_adaptive.schedules import PerOption as PerOption
+    from lightning_adaptive.schedules import Piecewise as Piecewise
     from lightning_adaptive.schedules import Schedule as Schedule
-    from lightning_adaptive.schedules import StepDecay as StepDecay
     from lightning_adaptive.switch import OptimizerSwitchCallback as OptimizerSwitchCallback
 
 __version__ = "0.1.0"
@@ -31,15 +47,31 @@ _HOMES = {
     "Clock": "durations",
     "ConfigError": "errors",
     "Constant": "schedules",
-    "Cosine": "schedules",
+    "Cosine": "curves",
+    "CosineRestarts": "curves",
+    "Curve": "schedules",
+    "Cyclic": "curves",
     "Duration": "durations",
     "ExactResume": "exact_resume",
+    "Exponential": "curves",
     "Handover": "handover",
     "Inherit": "param_groups",
+    "InverseSqrt": "curves",
+    "LayerDecay": "param_groups",
+    "Linear": "curves",
+    "MultiStep": "curves",
+    "MupLike": "param_groups",
+    "OneCycle": "curves",
     "OptimizerSwitchCallback": "switch",
     "ParamGroups": "param_groups",
+    "PerOption": "schedules",
+    "Piecewise": "schedules",
+    "Polynomial": "curves",
+    "REX": "curves",
+    "Rule": "rules",
     "Schedule": "schedules",
-    "StepDecay": "schedules",
+    "StepDecay": "curves",
+    "WarmupStableDecay": "curves",
     "attach": "hooks",
     "configure_optimizers": "hooks",
 }
@@ -55,16 +87,17 @@ def __getattr__(name: str) -> Any:
 
 
 def _teach_jsonargparse() -> None:
-    """Lets LightningCLI read a duration with `Duration.parse`, whose message is then an error of usage and no traceback.
+    """Lets LightningCLI read durations with our own readers, whose message is then an error of usage and no traceback.
 
     jsonargparse looks a class up by its public name before it reads it, so this is in time in any order of imports.
     """
     typing = sys.modules.get("jsonargparse.typing")
     if typing is not None:
-        from lightning_adaptive.durations import Duration
+        from lightning_adaptive.durations import Duration, Warmup
 
         # With a key of its own it is not looked up by its public name first, which would end here again.
-        typing.register_type(Duration, deserializer=Duration.parse, uniqueness_key=(__name__, "Duration"))
+        for kind in (Duration, Warmup):
+            typing.register_type(kind, deserializer=kind.parse, uniqueness_key=(__name__, kind.__name__))
 
 
 def __dir__() -> list[str]:

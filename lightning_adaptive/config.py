@@ -56,7 +56,8 @@ def scheduler(value: Any, key: str = "scheduler") -> Schedule | SchedulerFactory
     options = _plain(value, key)
     if "_target_" in options:
         found = _target(options, _SCHEDULERS, key, functions=True)
-        return _build(found, options, key) if _is(found, Schedule) else _factory(options, _SCHEDULERS, key)
+        nested = (Schedule,)  # the pieces of a schedule
+        return _build(found, options, key, nested) if _is(found, Schedule) else _factory(options, _SCHEDULERS, key)
     around = {name: _nested(option, (), f"{key}.{name}") for name, option in options.items() if name != "scheduler"}
     if "scheduler" in options:
         inner = value["scheduler"] if _is_mapping(options["scheduler"]) else options["scheduler"]

@@ -136,11 +136,21 @@ class Duration:
         return hash((self.value, self.unit))
 
 
+class Warmup:
+    """What a warm-up may be: a duration, or the word ``untuned``. One class, since OmegaConf knows no union of classes."""
+
+    @staticmethod
+    def parse(text: str | Duration, key: str = "") -> Duration | Literal["untuned"]:
+        """Reads a warm-up; arguments and errors as of `Duration.parse`."""
+        return "untuned" if text == "untuned" else Duration.parse(text, key)
+
+
 if TYPE_CHECKING:
     DurationLike = str | Duration
+    WarmupLike = str | Duration
 else:
     # jsonargparse would take any text for a `str`, and what is wrong with it would be said by a traceback.
-    DurationLike = Duration
+    DurationLike, WarmupLike = Duration, Warmup
 
 
 def _nearest(number: Fraction) -> int:

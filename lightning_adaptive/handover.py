@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Literal, get_args, get_type_hints
 
 from lightning_adaptive.errors import ConfigError, did_you_mean
-
-_RULES = {"lr": ("own",), "momentum": ("zero",), "weight_decay": ("own",)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,18 +21,18 @@ class Handover:
         ConfigError: for a rule that does not exist.
     """
 
-    lr: str = "own"
-    momentum: str = "zero"
-    weight_decay: str = "own"
+    lr: Literal["own"] = "own"
+    momentum: Literal["zero"] = "zero"
+    weight_decay: Literal["own"] = "own"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            rule, rules = getattr(self, field.name), _RULES[field.name]
+        for name, kind in get_type_hints(type(self)).items():
+            rule, rules = getattr(self, name), get_args(kind)
             if rule not in rules:
                 raise ConfigError(
                     f"the rule {rule!r} does not exist or is not available yet. Rules: {', '.join(rules)}."
                     + did_you_mean(str(rule), rules),
-                    field.name,
+                    name,
                 )
 
     @classmethod

@@ -91,7 +91,10 @@ def attach(
 
 
 def _configure(module: LightningModule, first_phase: _FirstPhase) -> dict[str, Any]:
+    try:
+        partition = first_phase.param_groups.partition(strategies.described(module))
+    except ConfigError as error:
+        raise error.within("param_groups") from None
     tensors = strategies.parameters(module)
-    partition = first_phase.param_groups.partition(name for name, tensor in tensors.items() if tensor.requires_grad)
     clock = strategies.clock(module.trainer)
     return phases.build(first_phase.optimizer, first_phase.scheduler, partition, tensors, clock).configuration()

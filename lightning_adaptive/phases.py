@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Required, TypedDict, cast
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
@@ -63,7 +66,8 @@ class ScheduleLR(LambdaLR):
     def lrs_at(self, step: int) -> list[float | Tensor]:
         """Each group's learning rate at a step of the phase, 0-based."""
         factor = self.factor(step)
-        return [group["initial_lr"] * factor for group in self.optimizer.param_groups]
+        # A group that was added to the running optimizer has as its base what it was given.
+        return [group.setdefault("initial_lr", group["lr"]) * factor for group in self.optimizer.param_groups]
 
     def refresh(self) -> None:
         """Gives the groups the learning rates of this step anew, after their base values were changed."""
@@ -181,10 +185,55 @@ def build_optimizer(
     if any(group["lr"] is None for group in optimizer.param_groups if "lr" in group):
         raise ConfigError(f"{type(optimizer).__name__} has no learning rate (lr is None). Give it one.", "optimizer.lr")
     if grouped:
-        param_groups.impose(optimizer.param_groups, partition)
+        _impose(optimizer, partition)
     else:
         _refuse_unequal(optimizer, partition)
+    _PARTITIONS[optimizer] = partition
     return optimizer, notes
+
+
+_PARTITIONS: WeakKeyDictionary[Optimizer, Partition] = WeakKeyDictionary()
+
+
+def partition_of(optimizer: Optimizer) -> Partition | None:
+    """The partition that an optimizer was built for; ``None`` when it was built elsewhere."""
+    return _PARTITIONS.get(optimizer)
+
+
+def inheritable(optimizer: Optimizer, groups: Sequence[OptimizerGroup], names: Mapping[int, str]) -> Partition:
+    """What a later phase inherits of an optimizer: its partition as it is recorded, with the zero decays that rules asked for.
+
+    Args:
+        optimizer: a running or a new one.
+        groups: its groups, with the module's own parameters.
+        names: parameter names by ``id``.
+    """
+    recorded, built = param_groups.record(groups, names), partition_of(optimizer)
+    return recorded if built is None else param_groups.keep_zero_decays(recorded, built)
+
+
+def _impose(optimizer: Optimizer, partition: Partition) -> None:
+    name = type(optimizer).__name__
+    if any(group.has_own_lr for group in partition) and any("lr" not in group for group in optimizer.param_groups):
+        raise ConfigError(f"{name} has no learning rate, so groups cannot have their own.", "param_groups")
+    try:
+        param_groups.impose(optimizer.param_groups, partition)
+    except ConfigError as error:
+        raise error.within("param_groups") from None
+    if type(optimizer).__module__.startswith("torch."):
+        for group, recorded in zip(optimizer.param_groups, partition, strict=True):
+            if recorded.options:
+                _try_options(type(optimizer), group, f"param_groups.{recorded.name or next(iter(recorded.options))}")
+
+
+def _try_options(cls: type[Optimizer], group: OptimizerGroup, key: str) -> None:
+    """Has one of torch's constructors read the options that a rule gives: it refuses bad values, and groups are not asked."""
+    known = inspect.signature(cls).parameters
+    options = {option: value for option, value in group.items() if option in known and option != "params"}
+    try:
+        cls([torch.nn.Parameter(torch.zeros(1, 1))], **options)
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(f"{cls.__name__} refuses these options: {str(error).rstrip('.')}.", key) from error
 
 
 def _without_groups(factory: OptimizerFactory, lists: Sequence[list[Tensor]], error: ValueError) -> Optimizer:
@@ -197,6 +246,13 @@ def _without_groups(factory: OptimizerFactory, lists: Sequence[list[Tensor]], er
 
 def _refuse_unequal(optimizer: Optimizer, partition: Partition) -> None:
     name = type(optimizer).__name__
+    for group in partition:
+        if group.rule and (group.has_own_lr or group.options):
+            raise ConfigError(
+                f"{name} has no parameter groups, so none can have options of its own. Choose another optimizer, or leave the rule "
+                "out.",
+                f"param_groups.{group.name}",
+            )
     if not param_groups.is_uniform(partition):
         ratios = ", ".join(f"{group.lr_ratio:g}" for group in partition)
         raise ConfigError(
@@ -204,8 +260,7 @@ def _refuse_unequal(optimizer: Optimizer, partition: Partition) -> None:
             "Choose another optimizer, or give the switch param_groups=ParamGroups() for one group.",
             "optimizer",
         )
-    group: OptimizerGroup = optimizer.param_groups[0]
-    if group.get("weight_decay") and any(recorded.no_decay for recorded in partition):
+    if optimizer.param_groups[0].get("weight_decay") and any(recorded.no_decay for recorded in partition):
         raise ConfigError(
             f"{name} has no parameter groups, and its weight decay would reach groups that are kept free of it. Set it to 0.",
             "optimizer.weight_decay",

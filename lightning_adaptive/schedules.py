@@ -1,7 +1,9 @@
 """Schedules: time as a pure function of the step.
 
-A schedule multiplies each group's base value. It spans from its phase's first step to the end of training, so that the
+A schedule multiplies each group's own base value. It spans from its phase's first step to the end of training, so that the
 phase before a switch follows the same curve as a run without one; a switch cuts it, and ``length`` gives it another span.
+
+Here is what all schedules share, and what is made of other schedules; the closed forms themselves are in ``curves.py``.
 """
 
 from __future__ import annotations
@@ -9,11 +11,13 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from lightning_adaptive.durations import Clock, Duration, DurationLike
-from lightning_adaptive.errors import ConfigError, ConfigTypeError
+from lightning_adaptive.durations import Clock, Duration, DurationLike, Warmup, WarmupLike
+from lightning_adaptive.errors import ConfigError, ConfigTypeError, did_you_mean
 
 Factor = Callable[[int], float]
 """Phase step (0-based) to multiplier."""
@@ -21,63 +25,156 @@ Factor = Callable[[int], float]
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule(ABC):
-    """Base of all schedules; subclasses give the `shape` that follows the warm-up.
+    """What drives options of an optimizer's groups over time.
 
-    Called with a clock it returns ``factor(step)``, a pure function of the phase's 0-based step. During a warm-up of
-    ``W`` steps the factor is ``(step + 1) / W``, so no update is wasted on a learning rate of zero; afterwards it is
-    ``shape(step - W)``. Beyond the schedule's span the last value holds.
-
-    Args:
-        warmup: length of the linear warm-up, ``0st`` for none. A percentage is of the schedule's span.
-        length: the span; ``None`` means to the end of training. A percentage is of the steps that remain.
-
-    Raises:
-        ConfigError: when called, if the warm-up is longer than the span or a duration cannot be counted.
+    Called with a clock it returns the learning rate's ``factor(step)``, a pure function of the phase's 0-based step, which
+    multiplies each group's own base value. Those with a warm-up and a shape are subclasses of `Curve`.
     """
 
-    warmup: DurationLike = "0st"
-    length: DurationLike | None = None
-
-    def __post_init__(self) -> None:
-        self._parse("warmup")
-        if self.length is not None and not self._parse("length"):
-            raise ConfigError(f"{str(self.length)!r} is no length. Write a duration above zero, or null.", "length")
-
-    def __call__(self, clock: Clock) -> Factor:
-        span = clock.remaining_steps
-        if isinstance(self.length, Duration):
-            span = self.length.steps(clock, span, key="length")
-        assert isinstance(self.warmup, Duration)
-        warmup = self.warmup.steps(clock, span, key="warmup")
-        if span is not None and warmup > span:
-            raise ConfigError(f"{self.warmup} is {warmup} steps, but the schedule spans only {span}.", "warmup")
-        shape = self.shape(clock, None if span is None else span - warmup)
-        if not warmup:
-            return shape
-        return lambda step: (step + 1) / warmup if step < warmup else shape(step - warmup)
-
     @abstractmethod
-    def shape(self, clock: Clock, steps: int | None) -> Factor:
-        """The curve after the warm-up.
+    def __call__(self, clock: Clock) -> Factor:
+        """The learning rate's factor.
 
         Args:
-            clock: the phase's clock, for durations of the schedule's own.
-            steps: length of the curve in steps, or ``None`` when the end of training is unknown.
+            clock: the phase's clock.
+
+        Raises:
+            ConfigError: when a duration cannot be counted or does not fit into the span.
         """
+
+    def curves(self, clock: Clock) -> Mapping[str, Factor]:
+        """A factor for each option that is driven, ``lr`` among them; ``momentum`` stands for beta1 where there are betas."""
+        return {"lr": self(clock)}
+
+    def with_untuned_warmup(self, beta2: float) -> Schedule:
+        """The schedule for an optimizer with this ``beta2``: an ``untuned`` warm-up gets its length, nothing else changes."""
+        return self
 
     def __str__(self) -> str:
         options = [
-            f"{field.name} {value}"
-            for field in fields(self)
-            if (value := getattr(self, field.name)) not in (None, field.default) and str(value) != str(field.default)
+            f"{option.name} {text}"
+            for option in fields(self)
+            if (value := getattr(self, option.name)) is not None and (text := _in_words(value)) != _in_words(option.default)
         ]
-        words = re.sub(r"(?<!^)(?=[A-Z])", " ", type(self).__name__).lower()
+        words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(self).__name__).lower()
         return ", ".join([words, *options])
 
-    def _parse(self, field: str) -> Duration:
-        duration = Duration.parse(getattr(self, field), key=field)
-        object.__setattr__(self, field, duration)
-        return duration
+
+@dataclass(frozen=True, kw_only=True)
+class Curve(Schedule):
+    """A warm-up and then a `shape`, which subclasses give.
+
+    With ``W`` steps of warm-up, ``S`` steps of span and ``c(t)`` the shape with its floor, ``t`` steps after the warm-up::
+
+        factor(step) = rise((step + 1) / W) * c(0)     while step < W
+        factor(step) = c(min(step - W, S - W))         afterwards: beyond the span the last value holds
+
+    so that no update is wasted on a learning rate of zero, and the last step of the warm-up has the value with which the shape
+    begins; for most shapes that is 1. A warm-up as long as the span ends at 1, which then holds.
+
+    Args:
+        warmup: length of the warm-up, ``0st`` for none; a percentage is of the span. ``untuned`` is ``2 / (1 - beta2)`` steps of
+            the optimizer (Ma & Yarats 2021, arXiv 1910.04209), 2000 for Adam's 0.999.
+        warmup_shape: ``linear``, ``rise(x) = x``; or ``exponential``, ``rise(x) = (1 - exp(-2 x)) / (1 - exp(-2))``. The paper's
+            exponential warm-up ``1 - exp(-t / tau)`` never ends; here ``tau = W / 2``, for which its untuned length is that of
+            the linear one, and it is divided by its value at ``W``, so that it ends at 1 as well.
+        floor: share of the base value, 0 to 1, below which the curve never falls once the warm-up is over. A shape that ends at
+            zero is scaled, ``c = floor + (1 - floor) * shape``, and so ends at the floor; any other is cut,
+            ``c = max(floor, shape)``. Each class says which it is (``ends_at_zero``).
+        length: the span; ``None`` is to the end of training. A percentage is of the steps that remain. The end of training cuts
+            a longer one.
+        interval: what the value is held for. ``step`` changes it at every step; ``epoch`` at the first step of each epoch of
+            the training.
+        frequency: number of intervals, at least 1, for which a value is held, counted from the phase's first. Held is the
+            curve's value at the first of these steps, and of a warm-up the value at the last of them, which is again never zero.
+
+    Raises:
+        ConfigError: for values that are not allowed; and when called, if the warm-up is longer than the span, a duration cannot
+            be counted, or an ``untuned`` warm-up was not given its length by `with_untuned_warmup`.
+    """
+
+    ends_at_zero: ClassVar[bool] = False
+
+    warmup: WarmupLike = "0st"
+    warmup_shape: Literal["linear", "exponential"] = "linear"
+    floor: float = 0.0
+    length: DurationLike | None = None
+    interval: Literal["step", "epoch"] = "step"
+    frequency: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "warmup", Warmup.parse(self.warmup, key="warmup"))
+        self._check_word("warmup_shape", "linear", "exponential")
+        self._check_share("floor", "It is a share of the base value.", " Write a share of the base value from 0 to 1.")
+        if self.length is not None:
+            self._check_duration("length", "{!r} is no length. Write a duration above zero, or null.")
+        self._check_word("interval", "step", "epoch")
+        self._check_count("frequency", "It is a number of intervals.")
+
+    def __call__(self, clock: Clock) -> Factor:
+        return self.curves(clock)["lr"]
+
+    def curves(self, clock: Clock) -> Mapping[str, Factor]:
+        warmup, steps = self._span(clock)
+        period, before = self._period(clock)
+        # A shape of no steps is never asked for; its formula may divide by them.
+        shapes = {"lr": _one} if steps == 0 else self.shapes(clock, steps)
+        curves = {}
+        for option, shape in shapes.items():
+            curve, rise = (self._above_floor(shape), _RISES[self.warmup_shape]) if option == "lr" else (shape, _one)
+            curves[option] = _held(_timed(curve, rise, warmup, steps), warmup, period, before)
+        return curves
+
+    def with_untuned_warmup(self, beta2: float) -> Self:
+        if isinstance(beta2, bool) or not isinstance(beta2, int | float) or not 0 <= beta2 < 1:
+            raise ConfigError(f"a beta2 of {beta2!r} gives no warm-up. It lies from 0 to below 1.", "warmup")
+        return replace(self, warmup=Duration(math.floor(2 / (1 - beta2) + 0.5), "st")) if self.warmup == "untuned" else self
+
+    @abstractmethod
+    def shape(self, clock: Clock, steps: int | None) -> Factor:
+        """The curve after the warm-up, from 0 to 1, without the floor.
+
+        Args:
+            clock: the phase's clock, for durations of the schedule's own.
+            steps: length of the curve in steps, at least 1, or ``None`` when the end of training is unknown. The curve is asked
+                for steps from 0 to this, both included.
+        """
+
+    def shapes(self, clock: Clock, steps: int | None) -> Mapping[str, Factor]:
+        """As `shape`, for every option that is driven. The warm-up and the floor are the learning rate's alone."""
+        return {"lr": self.shape(clock, steps)}
+
+    def _span(self, clock: Clock) -> tuple[int, int | None]:
+        """Steps of the warm-up and of the curve after it."""
+        span = clock.remaining_steps if self.length is None else self._distance("length", clock, clock.remaining_steps)
+        if self.warmup == "untuned":
+            raise ConfigError(
+                "'untuned' is 2 / (1 - beta2) steps and needs an optimizer with beta2, such as Adam. "
+                "Choose one, or write a duration.",
+                "warmup",
+            )
+        warmup = self._steps("warmup", clock, span)
+        if span is not None and warmup > span:
+            raise ConfigError(f"{self.warmup} is {warmup} steps, but the schedule spans only {span}.", "warmup")
+        return warmup, None if span is None else span - warmup
+
+    def _period(self, clock: Clock) -> tuple[int, int]:
+        """For how many steps a value is held, and how many of the first of these lie before the phase."""
+        if self.interval == "step":
+            return self.frequency, 0
+        if clock.steps_per_epoch is None:
+            raise ConfigError("epochs cannot be counted: the training loader has no length. Write step.", "interval")
+        return self.frequency * clock.steps_per_epoch, clock.first_step % clock.steps_per_epoch
+
+    def _above_floor(self, shape: Factor) -> Factor:
+        floor = self.floor
+        if not floor:
+            return shape
+        if self.ends_at_zero:
+            return lambda step: floor + (1 - floor) * shape(step)
+        return lambda step: max(floor, shape(step))
+
+    # What subclasses need to read their options
 
     def _known(self, steps: int | None) -> int:
         if steps is None:
@@ -87,83 +184,250 @@ class Schedule(ABC):
             )
         return steps
 
+    def _steps(self, option: str, clock: Clock, whole: int | None) -> int:
+        """An option in steps; a percentage is of the whole."""
+        duration = getattr(self, option)
+        assert isinstance(duration, Duration)
+        return duration.steps(clock, whole, key=option)
+
+    def _distance(self, option: str, clock: Clock, whole: int | None) -> int:
+        """The same, of at least one step."""
+        return self._at_least_one(self._steps(option, clock, whole), getattr(self, option), option)
+
+    @staticmethod
+    def _at_least_one(steps: int, duration: object, key: str) -> int:
+        if steps == 0:
+            raise ConfigError(f"{duration} rounds to 0 steps of this training.", key)
+        return steps
+
+    def _within(self, option: str, clock: Clock, steps: int) -> int:
+        """An option in steps, of which the curve has enough."""
+        found = self._steps(option, clock, steps)
+        if found > steps:
+            duration = getattr(self, option)
+            raise ConfigError(f"{duration} is {found} steps, but the curve after the warm-up has only {steps}.", option)
+        return found
+
+    def _check_duration(self, option: str, if_zero: str | None = None) -> None:
+        duration = Duration.parse(getattr(self, option), key=option)
+        if if_zero and not duration:
+            raise ConfigError(if_zero.format(str(duration)), option)
+        object.__setattr__(self, option, duration)
+
+    def _check_number(self, option: str, advice: str = "") -> None:
+        value = getattr(self, option)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigTypeError(f"{value!r} is not a number.{advice}", option)
+
+    def _check_share(self, option: str, meaning: str, advice: str = "", above_zero: bool = False) -> None:
+        self._check_number(option, advice)
+        value = getattr(self, option)
+        if not 0 <= value <= 1 or (above_zero and value == 0):
+            raise ConfigError(f"{value!r} lies outside 0 to 1. {meaning}", option)
+
+    def _check_count(self, option: str, meaning: str) -> None:
+        value = getattr(self, option)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigTypeError(f"{value!r} is not a whole number. {meaning}", option)
+        if value < 1:
+            raise ConfigError(f"{value!r} is below 1. {meaning}", option)
+
+    def _check_word(self, option: str, *words: str) -> None:
+        value = getattr(self, option)
+        if not isinstance(value, str):
+            raise ConfigTypeError(f"{value!r} is not one of {', '.join(words)}.", option)
+        if value not in words:
+            raise ConfigError(f"{value!r} is not one of {', '.join(words)}.{did_you_mean(value, words)}", option)
+
 
 @dataclass(frozen=True, kw_only=True)
-class Constant(Schedule):
-    """The base value itself, after an optional warm-up."""
+class Constant(Curve):
+    """The base value itself, after an optional warm-up: ``factor(t) = 1``.
 
-    def shape(self, clock: Clock, steps: int | None) -> Factor:
-        return lambda _: 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cosine(Schedule):
-    r"""Half a cosine from 1 to ``floor``.
-
-    ``factor(t) = floor + (1 - floor) * (1 + cos(pi * t / T)) / 2`` with ``t`` steps after the warm-up and ``T`` the span
-    without it (Loshchilov & Hutter 2017, arXiv 1608.03983, equation 5, one cycle). Equal to torch's ``CosineAnnealingLR`` with
-    ``T_max = T`` and ``eta_min = floor * lr``.
-
-    Args:
-        floor: the last factor, from 0 to 1; a share of the base value, not a learning rate.
-
-    >>> factor = Cosine(warmup="2st")(Clock(steps_per_epoch=5, total_steps=10))
-    >>> [round(factor(step), 3) for step in range(10)]
-    [0.5, 1.0, 1.0, 0.962, 0.854, 0.691, 0.5, 0.309, 0.146, 0.038]
+    >>> factor = Constant(warmup="4st")(Clock(steps_per_epoch=5, total_steps=None))
+    >>> [factor(step) for step in range(6)]
+    [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     """
 
-    floor: float = 0.0
+    def shape(self, clock: Clock, steps: int | None) -> Factor:
+        return _one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piecewise(Curve):
+    """One curve after another, each with its own local step.
+
+    The pieces tile the span in the order of the mapping: with ``b(k)`` the sum of the lengths before piece ``k``,
+    ``factor(t) = piece_k(t - b(k))`` while ``b(k) <= t < b(k + 1)``. Each piece keeps its own warm-up, floor and interval. A
+    percentage in a piece's ``length`` is of the whole curve, one elsewhere in a piece of that piece. When the last piece ends
+    before the span does, its last value holds; when the span ends first, it cuts the piece. A ``floor`` of the whole cuts.
+
+    torch's ``SequentialLR`` counts as well from the beginning of each piece, but changes the optimizer while it is built.
+
+    Args:
+        pieces: curves by name. Each but the last must have a ``length``; the last may be open.
+
+    Raises:
+        ConfigError: for no pieces, or one without a length before the last; and when called, for a piece that would never
+            begin. Keys name the piece: ``pieces.NAME.length``.
+
+    >>> pieces = {"high": Constant(length="2st"), "low": Constant(warmup="2st")}
+    >>> factor = Piecewise(pieces=pieces)(Clock(steps_per_epoch=5, total_steps=5))
+    >>> [factor(step) for step in range(5)]
+    [1.0, 1.0, 0.5, 1.0, 1.0]
+    """
+
+    # Left out of the hash, since a mapping has none.
+    pieces: Mapping[str, Curve] = field(hash=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not _is_number(self.floor):
-            raise ConfigTypeError(f"{self.floor!r} is not a number. Write a share of the base value from 0 to 1.", "floor")
-        if not 0 <= self.floor <= 1:
-            raise ConfigError(f"{self.floor!r} lies outside 0 to 1. It is a share of the base value.", "floor")
+        object.__setattr__(self, "pieces", _by_name(self.pieces, Curve, "pieces"))
+        for name, piece in list(self.pieces.items())[:-1]:
+            if piece.length is None:
+                raise ConfigError("must be given: only the last piece may be open.", f"pieces.{name}.length")
 
     def shape(self, clock: Clock, steps: int | None) -> Factor:
-        end, floor = self._known(steps), self.floor
+        return self.shapes(clock, steps)["lr"]
 
-        def factor(step: int) -> float:
-            return floor + (1 - floor) * (1 + math.cos(math.pi * step / end)) / 2 if step < end else floor
+    def shapes(self, clock: Clock, steps: int | None) -> Mapping[str, Factor]:
+        first = clock.first_step + self._span(clock)[0]
+        starts: list[int] = []
+        built: list[Mapping[str, Factor]] = []
+        begin: int = 0
+        for name, piece in self.pieces.items():
+            if steps is not None and begin >= steps:
+                raise ConfigError(f"would begin at step {begin}, but the pieces have only {steps} steps.", f"pieces.{name}")
+            try:
+                end = steps if piece.length is None else begin + piece._distance("length", clock, steps)
+                local = Clock(clock.steps_per_epoch, None if end is None else first + end, first + begin)
+                built.append(replace(piece, length=None).curves(local))
+            except ConfigError as error:
+                raise error.within(f"pieces.{name}") from None
+            starts.append(begin)
+            begin = 0 if end is None else end
+        options = dict.fromkeys(option for curves in built for option in curves)
+        return {option: _tiled(starts, [curves.get(option, _one) for curves in built]) for option in options}
 
-        return factor
+    def with_untuned_warmup(self, beta2: float) -> Self:
+        whole = super().with_untuned_warmup(beta2)
+        return replace(whole, pieces={name: piece.with_untuned_warmup(beta2) for name, piece in self.pieces.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepDecay(Schedule):
-    """Multiplies by ``gamma`` every ``every``: ``factor(t) = gamma ** (t // every)``, as torch's ``StepLR``.
+class PerOption(Schedule):
+    """A schedule for each option of the optimizer's groups: ``lr``, ``weight_decay``, ``momentum``, or any other number.
+
+    Each multiplies the groups' own base value of its option; the learning rate is constant where it has none.
 
     Args:
-        every: the distance between two decays. A percentage is of the span without the warm-up.
-        gamma: the multiplier of each decay, above 0 and at most 1.
+        options: schedules by the option's name; ``momentum`` stands for beta1 where the optimizer has betas.
+
+    Raises:
+        ConfigError: when called, if two schedules drive one option: one that drives the momentum with the learning rate belongs
+            under ``lr``, and leaves no room for one under ``momentum``.
+
+    >>> both = PerOption(options={"weight_decay": Constant(warmup="2st")})
+    >>> curves = both.curves(Clock(steps_per_epoch=5, total_steps=5))
+    >>> [(option, factor(0)) for option, factor in curves.items()]
+    [('lr', 1.0), ('weight_decay', 0.5)]
     """
 
-    every: DurationLike = "30ep"
-    gamma: float = 0.1
+    options: Mapping[str, Schedule] = field(hash=False)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self._parse("every"):
-            raise ConfigError("a decay every 0 steps has no meaning. Write a duration above zero.", "every")
-        if not _is_number(self.gamma):
-            raise ConfigTypeError(f"{self.gamma!r} is not a number.", "gamma")
-        if not 0 < self.gamma <= 1:
-            raise ConfigError(f"{self.gamma!r} lies outside 0 to 1. It multiplies the value at each decay.", "gamma")
+        object.__setattr__(self, "options", _by_name(self.options, Schedule, "options"))
 
-    def shape(self, clock: Clock, steps: int | None) -> Factor:
-        assert isinstance(self.every, Duration)
-        gamma = self.gamma
-        every = self.every.steps(clock, steps, key="every")
-        if every == 0:
-            raise ConfigError(f"{self.every} rounds to 0 steps of this training.", "every")
-        last = math.inf if steps is None else steps
+    def __call__(self, clock: Clock) -> Factor:
+        return self.curves(clock)["lr"]
 
-        def factor(step: int) -> float:
-            return float(gamma ** (min(step, last) // every))
+    def curves(self, clock: Clock) -> Mapping[str, Factor]:
+        driven: dict[str, Factor] = {"lr": _one}
+        by: dict[str, str] = {}
+        for name, schedule in self.options.items():
+            try:
+                curves = dict(schedule.curves(clock))
+            except ConfigError as error:
+                raise error.within(f"options.{name}") from None
+            found = {name: curves.pop("lr"), **curves}
+            if curves and name != "lr":
+                raise ConfigError(f"also drives {', '.join(curves)}, as only the schedule of lr may.", f"options.{name}")
+            for option in found:
+                if option in by:
+                    raise ConfigError(f"{option} is driven by the schedule of {by[option]} already.", f"options.{name}")
+                by[option] = name
+            driven |= found
+        return driven
 
+    def with_untuned_warmup(self, beta2: float) -> Self:
+        return replace(self, options={name: schedule.with_untuned_warmup(beta2) for name, schedule in self.options.items()})
+
+
+_Kind = TypeVar("_Kind", bound=Schedule)
+
+
+def _by_name(value: Any, kind: type[_Kind], key: str) -> dict[str, _Kind]:
+    """A mapping of schedules, copied."""
+    if not isinstance(value, Mapping):
+        raise ConfigTypeError(f"{value!r} is not a mapping of schedules by name.", key)
+    if not value:
+        raise ConfigError("is empty. Write at least one schedule, by name.", key)
+    for name, schedule in value.items():
+        if not isinstance(schedule, kind):
+            known = "a schedule with a length" if kind is Curve else "a schedule"
+            # Hydra takes the dataclasses in a mapping apart.
+            advice = (
+                " Hydra's own instantiate keeps it one where the node has _convert_: all." if isinstance(schedule, Mapping) else ""
+            )
+            raise ConfigTypeError(f"{schedule!r} is not {known}.{advice}", f"{key}.{name}")
+    return dict(value)
+
+
+def _one(_: float) -> float:
+    return 1.0
+
+
+_RISES: dict[str, Callable[[float], float]] = {
+    "linear": lambda share: share,
+    "exponential": lambda share: math.expm1(-2 * share) / math.expm1(-2),
+}
+
+
+def _timed(curve: Factor, rise: Callable[[float], float], warmup: int, steps: int | None) -> Factor:
+    """Puts a curve behind its warm-up, and lets its last value hold."""
+
+    def after(step: int) -> float:
+        since = step - warmup
+        return curve(since if steps is None or since < steps else steps)
+
+    if not warmup:
+        return after
+    begin = curve(0)
+    return lambda step: rise((step + 1) / warmup) * begin if step < warmup else after(step)
+
+
+def _held(factor: Factor, warmup: int, period: int, before: int) -> Factor:
+    """Lets each value hold for a period; of the first, some steps lie before the phase."""
+    if period == 1:
         return factor
 
+    def held(step: int) -> float:
+        begin = (step + before) // period * period - before
+        first = max(begin, 0)
+        return factor(min(begin + period, warmup) - 1 if first < warmup else first)
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return held
+
+
+def _tiled(starts: Sequence[int], factors: Sequence[Factor]) -> Factor:
+    def factor(step: int) -> float:
+        piece = bisect_right(starts, step) - 1
+        return factors[piece](step - starts[piece])
+
+    return factor
+
+
+def _in_words(value: object) -> str:
+    if isinstance(value, Mapping):
+        return f"{{{'; '.join(f'{name}: {item}' for name, item in value.items())}}}"
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)

@@ -36,6 +36,19 @@ def of_optimizer(optimizer: Optimizer, key: str) -> Settings:
     return {key: type(optimizer).__name__, **changed}
 
 
+def of_groups(optimizer: Optimizer, key: str) -> Settings:
+    """Of several groups, the options by which each differs from the optimizer's own, without what a schedule made of them."""
+    groups = optimizer.param_groups
+    if len(groups) == 1:
+        return {}
+    return {
+        f"{key}.{group.get('name', f'pg{index}')}.{name}": _plain(value)
+        for index, group in enumerate(groups, start=1)
+        for name, default in optimizer.defaults.items()
+        if name in group and _plain(value := group.get(f"initial_{name}", group[name])) != _plain(default)
+    }
+
+
 def of_scheduler(scheduler: Any) -> str:
     """A schedule or a factory of schedulers in words, with its options."""
     if scheduler is None:

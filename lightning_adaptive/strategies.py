@@ -15,6 +15,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,11 +36,13 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import SGD, Optimizer
 
 from lightning_adaptive.checkpoints import metadata_file
 from lightning_adaptive.durations import Clock
 from lightning_adaptive.errors import CheckpointError, ConfigError
+from lightning_adaptive.rules import Parameter
 
 _ACCUMULATE = "trainer.accumulate_grad_batches"
 
@@ -139,17 +142,56 @@ def parameters(module: LightningModule) -> dict[str, Tensor]:
 def full_shapes(trainer: Trainer) -> dict[str, tuple[int, ...]]:
     """Shape of each whole parameter by name, whatever the strategy keeps of it on this process.
 
-    FSDP flattens and shards, ZeRO-3 leaves an empty tensor; a DTensor's shape is that of the whole.
+    FSDP flattens and shards, ZeRO-3 leaves an empty tensor; a DTensor's shape is that of the whole. A lazily built parameter
+    that has no shape yet is left out.
     """
+    return _full_shapes(trainer.lightning_module, trainer.strategy.model)
+
+
+def _full_shapes(module: LightningModule, model: nn.Module | None) -> dict[str, tuple[int, ...]]:
     shapes = {
-        name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in parameters(trainer.lightning_module).items()
+        name: tuple(getattr(tensor, "ds_shape", tensor.shape))
+        for name, tensor in parameters(module).items()
+        if not isinstance(tensor, UninitializedParameter)
     }
-    for prefix, module in trainer.lightning_module.named_modules():
-        shapes.update(_flattened_shapes(module, prefix))
-    model = trainer.strategy.model
-    if model is not None and model is not trainer.lightning_module:
+    for prefix, inner in module.named_modules():
+        shapes.update(_flattened_shapes(inner, prefix))
+    if model is not None and model is not module:
         shapes.update(_flattened_shapes(model, ""))
     return shapes
+
+
+def described(module: LightningModule) -> list[Parameter]:
+    """What rules for groups can know of the module's parameters, by the names that `parameters` gives.
+
+    Args:
+        module: a module that is attached to its trainer; in place, where the strategy shards.
+    """
+    trainer = module.trainer
+    shapes = _full_shapes(module, trainer.strategy.model if module is trainer.lightning_module else None)
+    found: dict[int, Parameter] = {}
+    # With duplicates, so that a tied parameter is known under each of its names.
+    for prefix, holder in module.named_modules(remove_duplicate=False):
+        for name, tensor in holder.named_parameters(prefix, recurse=False):
+            plain, classes = _plain(name), _class_names(type(holder))
+            first = found.get(id(tensor))
+            if first is None:
+                found[id(tensor)] = Parameter(plain, shapes.get(plain), classes, tensor.requires_grad)
+            elif plain not in first.names:
+                both = tuple(dict.fromkeys((*first.modules, *classes)))
+                found[id(tensor)] = replace(first, modules=both, aliases=(*first.aliases, plain))
+    return list(found.values())
+
+
+def _class_names(cls: type[nn.Module]) -> tuple[str, ...]:
+    """A module's class and its bases, as a user may write them; of torch's also the short path."""
+    names: dict[str, None] = {}
+    for base in cls.__mro__:
+        if issubclass(base, nn.Module) and base is not nn.Module:
+            names |= dict.fromkeys((base.__name__, f"{base.__module__}.{base.__qualname__}"))
+            if vars(nn).get(base.__name__) is base:
+                names[f"torch.nn.{base.__name__}"] = None
+    return tuple(names)
 
 
 def _flattened_shapes(module: nn.Module, prefix: str) -> dict[str, tuple[int, ...]]:

@@ -7,7 +7,7 @@ import inspect
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +21,7 @@ from lightning_adaptive import phases, settings, strategies
 from lightning_adaptive.durations import Clock, Duration, DurationLike
 from lightning_adaptive.errors import CheckpointError, ConfigError, ConfigTypeError
 from lightning_adaptive.handover import Handover
-from lightning_adaptive.param_groups import Group, Inherit, ParamGroups, Partition, extend, named_tensors, record
+from lightning_adaptive.param_groups import Group, Inherit, ParamGroups, Partition, extend, members, named_tensors, record
 from lightning_adaptive.phases import OptimizerFactory, Phase, SchedulerConfig, SchedulerFactory
 from lightning_adaptive.schedules import Schedule
 from lightning_adaptive.settings import Settings
@@ -54,7 +54,10 @@ class SwitchState:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, so that a checkpoint loads with ``weights_only=True``."""
-        groups = [{**asdict(group), "parameters": list(group.parameters)} for group in self.partition]
+        groups = [
+            {"parameters": list(group.parameters), "name": group.name, "lr_ratio": group.lr_ratio, "no_decay": group.no_decay}
+            for group in self.partition
+        ]
         return {
             "version": STATE_VERSION,
             "phase": self.phase,
@@ -121,7 +124,7 @@ class OptimizerSwitchCallback(Callback):
         scheduler: the next schedule; ``None`` is constant. A `Schedule`, a factory of a torch scheduler (stepped once an
             epoch, as in Lightning), or Lightning's dictionary around either.
         param_groups: ``"inherit"`` keeps the running groups: their names, members, ratios of learning rates and zero decays.
-            ``ParamGroups()`` is one group of all trainable parameters.
+            ``ParamGroups(...)`` makes groups of all trainable parameters by rules, and without rules one.
         handover: what crosses the switch. ``"own"``: nothing; the next phase starts with its own learning rate.
         then: the switch after this one.
         gradient_clip_val: the Trainer's value from the switch on; ``"keep"`` leaves it, ``None`` ends clipping. The Trainer's
@@ -178,6 +181,7 @@ class OptimizerSwitchCallback(Callback):
         self._scale: float | None = None
         self._first: Settings = {}
         self._options: list[dict[str, Any]] = []
+        self._configured: Partition | None = None
         if not enabled:
             return
         _refuse("when", when, None)
@@ -252,16 +256,17 @@ class OptimizerSwitchCallback(Callback):
         _refuse_weight_averaging(trainer)
         if not pl_module.automatic_optimization:
             self._check_manual(placement)
-        partition = record(placement.groups, strategies.parameter_names(pl_module))
+        partition = phases.inheritable(placement.optimizer, placement.groups, strategies.parameter_names(pl_module))
         self._tensors = {**named_tensors(placement.groups, partition), **strategies.parameters(pl_module)}
         self._trainer_clip_val = trainer.gradient_clip_val
         scheduler = placement.lr_scheduler.scheduler if placement.lr_scheduler else None
         first_schedule = {"scheduler": phases.describe_schedule(scheduler)}
-        self._first = {**settings.of_optimizer(placement.optimizer, "optimizer"), **first_schedule}
+        first_groups = settings.of_groups(placement.optimizer, "param_groups")
+        self._first = {**settings.of_optimizer(placement.optimizer, "optimizer"), **first_groups, **first_schedule}
         self._options = _options(placement.optimizer)
         name, shapes = type(placement.optimizer).__name__, strategies.full_shapes(trainer)
         if self._state.phase == 0:
-            self._state = SwitchState(optimizer=name, partition=partition, shapes=shapes)
+            self._state, self._configured = SwitchState(optimizer=name, partition=partition, shapes=shapes), partition
             self._check_fit()
         else:
             self._restore_phase(trainer, shapes)
@@ -337,6 +342,7 @@ class OptimizerSwitchCallback(Callback):
                 phase_clock = replace(clock, first_step=moment)
                 phase = phases.build(switch.optimizer, switch.scheduler, partition, self._tensors, phase_clock)
                 placement.check_next(phase.optimizer, switch.gradient_clip_val)
+                partition = switch._reached(partition, phase.optimizer, trainer)
             except ConfigError as error:
                 raise error.within(_key(index)) from None
             yield PlannedPhase(moment, f"at={switch.at}", phase)
@@ -357,16 +363,28 @@ class OptimizerSwitchCallback(Callback):
     def _partition(self, running: Partition, trainer: Trainer) -> Partition:
         if isinstance(self.param_groups, Inherit):
             return running
-        parameters = strategies.parameters(trainer.lightning_module)
-        return self.param_groups.partition(name for name, tensor in parameters.items() if tensor.requires_grad)
+        try:
+            return self.param_groups.partition(strategies.described(trainer.lightning_module))
+        except ConfigError as error:
+            raise error.within("param_groups") from None
+
+    def _reached(self, partition: Partition, optimizer: Optimizer, trainer: Trainer) -> Partition:
+        """The partition as it is saved, and as a later phase inherits it: of what rules say, ratios and zero decays."""
+        groups = optimizer.param_groups
+        if isinstance(self.param_groups, Inherit) or len(groups) != len(partition):
+            return partition
+        return phases.inheritable(optimizer, groups, strategies.parameter_names(trainer.lightning_module))
 
     def _plan(self, trainer: Trainer) -> None:
         """Fixes the moments, and settles with the checkpoint what this run is configured with."""
         clock = _clock(trainer)
         now = dict(self._first)
         for index, switch in enumerate(self.chain[: self.phase]):
-            partition = switch._partition(self._state.partition, trainer)
-            now |= switch._settings(index, phases.build_optimizer(switch.optimizer, partition, self._tensors)[0])
+            try:
+                partition = switch._partition(self._state.partition, trainer)
+                now |= switch._settings(index, phases.build_optimizer(switch.optimizer, partition, self._tensors)[0])
+            except ConfigError as error:
+                raise error.within(_key(index)) from None
         moments = []
         for index, planned in enumerate(self.planned(trainer), start=self.phase):
             moments.append(planned.first_step)
@@ -425,6 +443,7 @@ class OptimizerSwitchCallback(Callback):
         partition = switch._partition(extend(self._state.partition, running), trainer)
         clock = _clock(trainer, first_step=step)
         phase = phases.build(switch.optimizer, switch.scheduler, partition, self._tensors, clock)
+        partition = switch._reached(partition, phase.optimizer, trainer)
         name = type(phase.optimizer).__name__
         return phase, replace(self._state, phase=self.phase + 1, first_step=step, optimizer=name, partition=partition)
 
@@ -494,6 +513,11 @@ class OptimizerSwitchCallback(Callback):
             )
         names, saved_names = ({name for group in state.partition for name in group.parameters} for state in (now, saved))
         self._refuse_other_parameters(names, saved_names, saved)
+        if members(now.partition) != members(saved.partition):
+            raise CheckpointError(
+                f"{_first_difference(saved.partition, now.partition)}, and the optimizer's state lies in the order of the groups. "
+                "Resume with the groups of the run that wrote the checkpoint; to change them, let a switch lead to others."
+            )
 
     def _refuse_other_parameters(self, names: set[str], saved_names: set[str], saved: SwitchState) -> None:
         for difference, where in ((saved_names - names, "the checkpoint"), (names - saved_names, "this run")):
@@ -514,8 +538,14 @@ class OptimizerSwitchCallback(Callback):
                 f"this run is configured otherwise than the one that wrote the checkpoint:\n{listed}\n"
                 "Say which options the running optimizer goes on with: switch.on_resume=config or switch.on_resume=checkpoint."
             )
+        if self.on_resume == "config" and self._configured is None:
+            raise CheckpointError(
+                "this run's rules put parameters into other groups than those of the checkpoint, in whose order the optimizer's "
+                "state lies. Resume with the rules of the run that wrote it, or with switch.on_resume=checkpoint."
+            )
         rank_zero_info(f"RESUMED with other settings (on_resume={self.on_resume}):\n{listed}")
         if self.on_resume == "config":
+            self._state = replace(self._state, partition=self._configured or self._state.partition)
             _impose_options(strategies.placement(trainer, self.optimizer_index), self._options)
 
     def _restore_phase(self, trainer: Trainer, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -534,7 +564,16 @@ class OptimizerSwitchCallback(Callback):
             )
         switch = self.chain[state.phase - 1]
         clock = _clock(trainer, first_step=state.first_step)
-        phase = phases.build(switch.optimizer, switch.scheduler, state.partition, self._tensors, clock)
+        try:
+            partition = switch._partition(state.partition, trainer)
+            self._configured = partition if members(partition) == members(state.partition) else None
+            # Rules that regroup would put the saved state onto other parameters; the options come back with that state.
+            built_for = state.partition if self._configured is None else partition
+            phase = phases.build(switch.optimizer, switch.scheduler, built_for, self._tensors, clock)
+        except ConfigError as error:
+            raise error.within(_key(state.phase - 1)) from None
+        if self._configured is not None:
+            self._configured = switch._reached(partition, phase.optimizer, trainer)
         name = type(phase.optimizer).__name__
         if name != state.optimizer:
             raise CheckpointError(
@@ -580,6 +619,19 @@ def _key(index: int) -> str:
 def _options(optimizer: Optimizer) -> list[dict[str, Any]]:
     """The options of each group."""
     return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+
+def _first_difference(saved: Partition, now: Partition) -> str:
+    """In words, the first group that holds other parameters."""
+    if len(saved) != len(now):
+        return f"the optimizer has {len(saved)} groups in the checkpoint and {len(now)} in this run"
+    index = next(index for index, (one, other) in enumerate(zip(saved, now, strict=True)) if one.parameters != other.parameters)
+    one, other = saved[index].parameters, now[index].parameters
+    name = now[index].name or f"group {index}"
+    if len(one) != len(other):
+        return f"{name} holds {len(one)} parameters in the checkpoint and {len(other)} in this run"
+    first = next((before, after) for before, after in zip(one, other, strict=True) if before != after)
+    return f"{name} holds {first[0]} in the checkpoint where it holds {first[1]} in this run"
 
 
 def _impose_options(placement: strategies.Plain, options: list[dict[str, Any]]) -> None:

@@ -142,7 +142,7 @@ def test_a_study_can_be_named_and_a_mistake_in_it_is_no_success(train: Run, tmp_
     assert ended.code != 0
     assert "switch.at: 5 has no unit." in ended.err
     [job] = (path.name for path in (tmp_path / "studies" / "s1").iterdir() if path.is_dir())
-    assert job.startswith("study-s1_seed-7_switch.at-5_")
+    assert job.startswith("seed-7_switch.at-5_")
 
 
 def test_two_runs_of_one_second_get_two_folders(train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

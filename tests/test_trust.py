@@ -202,6 +202,15 @@ def test_an_editable_install_stays_in_its_project(
     trust.check("labkit.optim.Opt", "optimizer._target_")
 
 
+def test_the_project_of_an_editable_install_may_be_reached_by_a_link(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = site.parent / "project"
+    write(project / "labkit.py")
+    (site.parent / "link").symlink_to(project)
+    describe(site, "labkit", edited=project)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(site.parent / "link")])
+    trust.check("labkit.Opt", "optimizer._target_")
+
+
 def test_the_name_of_an_editable_install_is_compared_as_installers_do(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     project = site.parent / "project"
     write(project / "lab_kit.py")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
 
+import lightning_adaptive
 from hydra_plugins.lightning_adaptive import data_folder
-from lightning_adaptive import attach, config
+from lightning_adaptive import LayerDecay, MupLike, ParamGroups, attach, config
 from lightning_adaptive.app import job  # noqa: F401 - registers the resolvers that train.yaml uses
 from lightning_adaptive.errors import ConfigError
+from lightning_adaptive.param_groups import NO_DECAY
 from tests.support import ROOT, Net, counted_steps, loader, trainer, weights
 
 COUNTS = {
@@ -27,8 +31,8 @@ COUNTS = {
     "conf/hydra/help": 1,
     "conf/logger": 5,
     "conf/optimizer": 12,
-    "conf/param_groups": 2,
-    "conf/scheduler": 4,
+    "conf/param_groups": 6,
+    "conf/scheduler": 15,
     "conf/switch": 3,
     "conf/task": 1,
     "conf/trainer": 9,
@@ -225,13 +229,71 @@ def test_the_custom_optimizer_must_be_named_and_then_takes_a_step(composed: Any)
     assert moved(module)
 
 
+AFTER_TWO_OF_TWO_STEPS: dict[str, tuple[list[str], float]] = {
+    "constant": ([], 1.0),
+    "cosine": ([], 0.0),
+    "cosine_restarts": (["cycle=1st", "t_mult=2", "decay=0.5"], 0.25),
+    "cyclic": (["rise=2st"], 1.0),
+    "exponential": (["every=1st"], 0.95**2),
+    "inverse_sqrt": (["timescale=1st"], 3**-0.5),
+    "linear": ([], 0.0),
+    "multistep": (["milestones=[1st]"], 0.1),
+    "none": ([], 1.0),
+    "one_cycle": ([], 4e-6),
+    "piecewise": (["pieces.second.floor=0.25"], 0.25),
+    "polynomial": ([], 0.0),
+    "rex": ([], 0.0),
+    "step": (["every=1st"], 0.01),
+    "wsd": ([], 0.0),
+}
+"""What is changed of each schedule so that two steps show it, and its factor after them."""
+
+
 @pytest.mark.parametrize("name", names("scheduler"))
 def test_a_schedule_drives_a_step(name: str, composed: Any) -> None:
-    whole = composed(f"scheduler={name}", *(["scheduler.every=1st"] if name == "step" else []), "optimizer.lr=0.5")
+    overrides, factor = AFTER_TWO_OF_TWO_STEPS[name]
+    whole = composed(f"scheduler={name}", *(f"scheduler.{override}" for override in overrides), "optimizer.lr=0.5")
     running = fit(attach(Net(), optimizer=whole.optimizer, scheduler=whole.scheduler), 2)
-    lr = running.optimizers[0].param_groups[0]["lr"]
-    # After two of two steps: the end of the cosine, or two decays by a tenth.
-    assert lr == pytest.approx({"cosine": 0.0, "step": 0.005, "constant": 0.5, "none": 0.5}[name])
+    assert running.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.5 * factor, rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("name", [name for name in names("scheduler") if name != "none"])
+def test_a_schedule_lists_all_its_options(name: str) -> None:
+    """So that each can be overridden without a plus, and is documented where it stands."""
+    node = yaml.safe_load((ROOT / "conf/scheduler" / f"{name}.yaml").read_text(encoding="utf-8"))
+    options = {field.name for field in fields(getattr(lightning_adaptive, node["_target_"].rpartition(".")[2]))}
+    assert set(node) - {"_target_", "_convert_", "defaults"} == options
+
+
+@pytest.mark.parametrize("name", names("scheduler"))
+def test_hydras_own_instantiate_builds_the_same_schedule(name: str, composed: Any) -> None:
+    node = composed(f"scheduler={name}").scheduler
+    built = config.scheduler(node)
+    assert config.scheduler(instantiate(node)) == built
+    assert config.scheduler(instantiate({"scheduler": node, "name": "mine"})) == {"scheduler": built, "name": "mine"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([], "{first: constant, length 50%; second: cosine}"),
+        (
+            ["scheduler.pieces.first.length=10ep", "scheduler@scheduler.pieces.second=linear"],
+            "{first: constant, length 10ep; second: linear}",
+        ),
+        (
+            ["scheduler.pieces.second.length=20%", "+scheduler@scheduler.pieces.third=rex"],
+            "{first: constant, length 50%; second: cosine, length 20%; third: rex}",
+        ),
+        (["~scheduler.pieces.first", "scheduler.pieces.second.warmup=untuned"], "{second: cosine, warmup untuned}"),
+    ],
+)
+def test_pieces_are_chosen_added_and_left_out_by_name(overrides: list[str], words: str, composed: Any) -> None:
+    assert str(config.scheduler(composed("scheduler=piecewise", *overrides).scheduler)) == f"piecewise, pieces {words}"
+    at_the_switch = [override.replace("scheduler.pieces", "switch.scheduler.pieces") for override in overrides]
+    built = config.switch(composed("scheduler@switch.scheduler=piecewise", *at_the_switch).switch)
+    assert built is not None
+    assert str(built.scheduler) == f"piecewise, pieces {words}"
 
 
 @pytest.mark.parametrize("name", [name for name in names("scheduler") if name != "none"])
@@ -242,11 +304,37 @@ def test_every_schedule_warms_up(name: str, composed: Any) -> None:
     assert [scheduler.factor(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
 
 
+GROUPS = {
+    "none": {"": 4},
+    "inherit": {"": 4},
+    "no_decay": {"no_decay": 2, "default": 2},
+    "discriminative": {"default": 2, "backbone": 2},
+    "layer_decay": {"layer_1": 1, "layer_1_no_decay": 1, "layer_0": 1, "layer_0_no_decay": 1},
+    "mup_like": {"default": 2, "fan_in_16": 1, "fan_in_32": 1},
+}
+"""Parameters in each group of the tests' net."""
+
+
 @pytest.mark.parametrize("name", names("param_groups"))
 def test_param_groups_hold_every_parameter(name: str, composed: Any) -> None:
-    whole = composed(f"param_groups@switch.param_groups={name}", "switch.at=1st")
+    more = {
+        "discriminative": ["switch.param_groups.backbone.match=net.0.*"],
+        "layer_decay": ["switch.param_groups.decay=0.5"],
+        "mup_like": ["switch.param_groups.base_fan_in=32"],
+    }.get(name, [])
+    whole = composed(f"param_groups@switch.param_groups={name}", "switch.at=1st", *more)
     running = fit(attach(Net(), optimizer=whole.optimizer), 2, config.switch(whole.switch))
-    assert [len(group["params"]) for group in running.optimizers[0].param_groups] == [4]
+    assert {group.get("name", ""): len(group["params"]) for group in running.optimizers[0].param_groups} == GROUPS[name]
+
+
+def test_presets_mean_what_the_classes_mean_by_default(composed: Any) -> None:
+    assert repr(config.param_groups(composed("param_groups=layer_decay").param_groups)) == repr(LayerDecay())
+    assert repr(config.param_groups(composed("param_groups=mup_like").param_groups)) == repr(MupLike())
+    no_decay = repr(config.param_groups(composed("param_groups=no_decay").param_groups))
+    assert no_decay == repr(ParamGroups(no_decay={**NO_DECAY, "weight_decay": 0}))
+    for name in names("param_groups"):  # also by other people's instantiate
+        node = composed(f"param_groups@switch.param_groups={name}").switch.param_groups
+        assert repr(instantiate(node)) == repr(config.param_groups(node))
 
 
 @pytest.mark.parametrize("name", names("handover"))
