@@ -114,13 +114,19 @@ def trainer(value: Node, key: str = "trainer", **objects: Any) -> Trainer:
 
 
 def callbacks(value: Node | None, key: str = "callbacks") -> list[Callback]:
-    """Callbacks from a mapping of nodes by name, in file order; ``null`` leaves one out."""
-    return [_object(node, (Callback,), f"{key}.{name}") for name, node in (value or {}).items() if node]
+    """Callbacks from a mapping of nodes by name, in file order, a switch among them; ``null`` leaves one out."""
+    return [_callback(node, f"{key}.{name}") for name, node in (value or {}).items() if node]
 
 
 def loggers(value: Node | None, key: str = "logger") -> list[Logger]:
     """Loggers from a mapping of nodes by name, in file order; ``null`` leaves one out."""
     return [_object(node, (Logger,), f"{key}.{name}") for name, node in (value or {}).items() if node]
+
+
+def _callback(node: Any, key: str) -> Callback:
+    is_switch = _is_mapping(node) and _is(_target(node, (Callback,), key), OptimizerSwitchCallback)
+    built: Any = switch(node, key) if is_switch else _object(node, (Callback,), key)
+    return cast(Callback, built)
 
 
 def _factory(value: Any, bases: tuple[type, ...], key: str) -> Any:

@@ -169,6 +169,15 @@ def test_callbacks_and_loggers_come_by_name_in_file_order(tmp_path: Path) -> Non
     assert config.callbacks(None) == []
 
 
+def test_a_switch_may_stand_among_the_callbacks() -> None:
+    built, rate = config.callbacks(node(switch=SWITCH, rate={"_target_": "lightning.pytorch.callbacks.LearningRateMonitor"}))
+    assert isinstance(built, OptimizerSwitchCallback)
+    assert str(built.at) == "3ep"
+    assert isinstance(rate, LearningRateMonitor)
+    with pytest.raises(ConfigError, match=r"^callbacks\.switch\.optimizer\.momentun: SGD has no option"):
+        config.callbacks(node(switch={**SWITCH, "optimizer": {**SGD, "momentun": 0.9}}))
+
+
 def test_a_trainer_may_hold_a_node_of_a_strategy() -> None:
     built = config.trainer(
         node(

@@ -12,6 +12,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -184,22 +185,15 @@ NODES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-QUICK = {
-    "optimizer",
-    "cosine",
-    "factory of torch",
-    "dictionary around torch",
-    "groups and handover",
-    "rules of groups",
-    "switch after it",
-}
-"""Nodes that stand for their kind in the quick tests."""
+QUICK = {"factory of torch", "dictionary around torch", "rules of groups", "switch after it", "moment", "schedule"}
+"""Cases that stand for their kind in the quick tests."""
 
 
-@pytest.mark.parametrize(
-    ("nodes", "options"),
-    [pytest.param(*case, marks=() if name in QUICK else pytest.mark.slow, id=name) for name, case in NODES.items()],
-)
+def cases(table: Mapping[str, tuple[Any, Any]]) -> list[Any]:
+    return [pytest.param(*case, marks=() if name in QUICK else pytest.mark.slow, id=name) for name, case in table.items()]
+
+
+@pytest.mark.parametrize(("nodes", "options"), cases(NODES))
 def test_a_node_trains_as_the_object_does_and_so_does_the_saved_config(nodes: dict[str, Any], options: dict[str, Any]) -> None:
     expected = trained_in_python(to_sgd(**options))
     assert digest(cli("fit", write(switch_node(**nodes))).model) == expected
@@ -257,7 +251,7 @@ LINES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("words", "options"), LINES.values(), ids=LINES)
+@pytest.mark.parametrize(("words", "options"), cases(LINES))
 def test_the_command_line_alone(words: tuple[str, ...], options: dict[str, Any]) -> None:
     assert digest(cli("fit", *ALONE, *words).model) == trained_in_python(to_sgd(**options))
 
@@ -608,11 +602,8 @@ def test_a_run_that_resumes_with_another_option_says_so_and_obeys_the_policy() -
     )
     with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
         cli("fit", *words)
-    lrs = {
-        policy: cli("fit", *words, f"{CALLBACK}.on_resume={policy}", f"{CALLBACK}.then=null").trainer.optimizers[0].param_groups[0]
-        for policy in ("config", "checkpoint")
-    }
-    assert {policy: group["initial_lr"] for policy, group in lrs.items()} == {"config": 0.3, "checkpoint": 0.1}
+    built = cli("fit", *words, f"{CALLBACK}.on_resume=config", f"{CALLBACK}.then=null")
+    assert built.trainer.optimizers[0].param_groups[0]["initial_lr"] == 0.3
 
 
 @again
@@ -699,18 +690,26 @@ def test_the_commands_of_the_page(
     assert squeezed(described(OptimizerSwitchCallback)["then"]) in squeezed(outputs[7])
 
 
-def test_the_mistake_of_the_page_in_a_process_of_its_own() -> None:
+def test_the_mistake_of_the_page(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     write_page()
     [block] = blocks(PAGE, "console")
-    command, _, answer = block.removeprefix("$ python ").partition("\n")
+    line, _, answer = block.removeprefix("$ ").partition("\n")
+    assert run_here(shlex.split(line), monkeypatch) == 2
+    assert capsys.readouterr().err.endswith(answer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("line", "code"), [(page_commands()[0], 0), (f"{page_commands()[0]} --trainer.callbacks.at=3", 2)])
+def test_a_command_of_the_page_in_a_process_of_its_own(line: str, code: int) -> None:
+    write_page()
     ended = subprocess.run(
-        [sys.executable, *shlex.split(command)],
+        [sys.executable, *shlex.split(line)[1:]],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
-    assert ended.returncode == 2
-    assert ended.stderr.endswith(answer)
+    assert ended.returncode == code, ended.stderr
+    assert ("SWITCH at step 32" in ended.stderr) == (code == 0)
     assert "Traceback" not in ended.stderr
