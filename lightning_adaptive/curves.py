@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 
 from lightning_adaptive.durations import Clock, Duration, DurationLike
 from lightning_adaptive.errors import ConfigError, ConfigTypeError
-from lightning_adaptive.schedules import Curve, Factor
+from lightning_adaptive.schedules import Curve, Factor, falls_short
 
 _FALLS: dict[str, Callable[[float], float]] = {
     "linear": lambda share: 1 - share,
@@ -205,7 +205,8 @@ class MultiStep(Curve):
     75 % of training.
 
     Args:
-        milestones: rising durations since the end of the warm-up, each before the end of the span.
+        milestones: rising durations since the end of the warm-up, each before the end of the span. Percentages that round to one
+            step, or to the end, of a very short training are let be.
         gamma: the multiplier of each milestone, above 0 and at most 1.
 
     Raises:
@@ -241,10 +242,10 @@ class MultiStep(Curve):
         for index, milestone in enumerate(self.milestones):
             key = f"milestones.{index}"
             assert isinstance(milestone, Duration)
-            step = self._at_least_one(milestone.steps(clock, steps, key), milestone, key)
-            if reached and step <= reached[-1]:
-                raise ConfigError(f"{milestone} is step {step}, not after the milestone before it, step {reached[-1]}.", key)
-            if steps is not None and step >= steps:
+            step = milestone.steps(clock, steps, key)
+            if reached and step < reached[-1]:
+                raise ConfigError(f"{milestone} is step {step}, before the milestone that precedes it, step {reached[-1]}.", key)
+            if steps is not None and step >= steps and not falls_short(milestone):
                 raise ConfigError(f"{milestone} is step {step}, but the curve after the warm-up has only {steps}.", key)
             reached.append(step)
         return reached
@@ -423,7 +424,7 @@ class WarmupStableDecay(Curve):
     and not at zero; its ``decay_type`` is a cosine unless given.
 
     Args:
-        decay: length of the cool-down. The paper mostly takes 20 % of training.
+        decay: length of the cool-down. The paper mostly takes 20 % of training. One that rounds to no step is left out.
         decay_shape: ``linear``, ``cosine`` or ``1-sqrt``.
 
     >>> factor = WarmupStableDecay(decay="2st", decay_shape="linear")(Clock(steps_per_epoch=5, total_steps=4))
@@ -443,7 +444,7 @@ class WarmupStableDecay(Curve):
 
     def shape(self, clock: Clock, steps: int | None) -> Factor:
         end, fall = self._known(steps), _FALLS[self.decay_shape]
-        decay = self._at_least_one(self._within("decay", clock, end), self.decay, "decay")
+        decay = self._within("decay", clock, end)
         stable = end - decay
         return lambda step: fall((step - stable) / decay) if step > stable else 1.0
 

@@ -12,7 +12,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
@@ -269,7 +269,8 @@ class Piecewise(Curve):
 
     Raises:
         ConfigError: for no pieces, or one without a length before the last; and when called, for a piece that would never
-            begin. Keys name the piece: ``pieces.NAME.length``.
+            begin. Keys name the piece: ``pieces.NAME.length``. A piece for which percentages alone leave no step, in a very short
+            training, is left out.
 
     >>> pieces = {"high": Constant(length="2st"), "low": Constant(warmup="2st")}
     >>> factor = Piecewise(pieces=pieces)(Clock(steps_per_epoch=5, total_steps=5))
@@ -294,20 +295,34 @@ class Piecewise(Curve):
         first = clock.first_step + self._span(clock)[0]
         starts: list[int] = []
         built: list[Mapping[str, Factor]] = []
-        begin: int = 0
-        for name, piece in self.pieces.items():
-            if steps is not None and begin >= steps:
-                raise ConfigError(f"would begin at step {begin}, but the pieces have only {steps} steps.", f"pieces.{name}")
+        for name, begin, end in self._places(clock, steps):
+            local = Clock(clock.steps_per_epoch, None if end is None else first + end, first + begin)
             try:
-                end = steps if piece.length is None else begin + piece._distance("length", clock, steps)
-                local = Clock(clock.steps_per_epoch, None if end is None else first + end, first + begin)
-                built.append(replace(piece, length=None).curves(local))
+                built.append(replace(self.pieces[name], length=None).curves(local))
             except ConfigError as error:
                 raise error.within(f"pieces.{name}") from None
             starts.append(begin)
-            begin = 0 if end is None else end
+        if not starts:
+            return {"lr": _one}
         options = dict.fromkeys(option for curves in built for option in curves)
         return {option: _tiled(starts, [curves.get(option, _one) for curves in built]) for option in options}
+
+    def _places(self, clock: Clock, steps: int | None) -> Iterator[tuple[str, int, int | None]]:
+        """Name, first step and end of each piece that has steps."""
+        begin, before = 0, list[Duration]()
+        for name, piece in self.pieces.items():
+            if steps is not None and begin >= steps:
+                if falls_short(*before):
+                    return
+                raise ConfigError(f"would begin at step {begin}, but the pieces have only {steps} steps.", f"pieces.{name}")
+            if not isinstance(piece.length, Duration):
+                yield name, begin, steps
+                return
+            length = piece.length.steps(clock, steps, f"pieces.{name}.length")
+            before.append(piece.length)
+            if not (length == 0 and falls_short(piece.length)):
+                yield name, begin, begin + self._at_least_one(length, piece.length, f"pieces.{name}.length")
+            begin += length
 
     def with_untuned_warmup(self, beta2: float) -> Self:
         whole = super().with_untuned_warmup(beta2)
@@ -361,6 +376,11 @@ class PerOption(Schedule):
 
     def with_untuned_warmup(self, beta2: float) -> Self:
         return replace(self, options={name: schedule.with_untuned_warmup(beta2) for name, schedule in self.options.items()})
+
+
+def falls_short(*lengths: Duration) -> bool:
+    """Whether lengths only reach the end, or come to nothing, by rounding: the training is too short for its percentages."""
+    return all(length.unit == "%" for length in lengths) and sum(length.value for length in lengths) < 100
 
 
 _Kind = TypeVar("_Kind", bound=Schedule)

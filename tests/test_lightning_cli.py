@@ -12,6 +12,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -202,6 +203,14 @@ def test_a_node_trains_as_the_object_does_and_so_does_the_saved_config(nodes: di
 
 def test_a_switch_that_is_not_enabled_does_nothing() -> None:
     assert digest(cli("fit", write(node(SWITCH, enabled=False))).model) == trained_in_python()
+
+
+def test_a_dictionary_around_a_schedule_is_written_without_a_complaint() -> None:
+    config = write(switch_node(scheduler={"scheduler": COSINE, "interval": "step"}))
+    with warnings.catch_warnings(record=True) as said:  # as an error the warning would be caught, and not be seen
+        warnings.simplefilter("always")
+        cli(config, run=False)
+    assert [warning for warning in said if "Unable to serialize" in str(warning.message)] == []
 
 
 def test_what_print_config_prints_trains_the_same(capsys: pytest.CaptureFixture[str]) -> None:

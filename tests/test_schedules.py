@@ -416,6 +416,8 @@ def test_needs_no_end_of_training_where_it_has_none() -> None:
         (StepDecay(every="1000ep"), {0: 1.0, 99: 1.0}),
         (StepDecay(gamma=1), {0: 1.0, 99: 1.0}),
         (WarmupStableDecay(decay="100%", decay_shape="linear"), {0: 1.0, 25: 0.75, 100: 0.0}),
+        (WarmupStableDecay(decay="0.1%"), {0: 1.0, 99: 1.0, 100: 1.0}),
+        (MultiStep(milestones=["50%", "50.1%"], gamma=0.5), {49: 1.0, 50: 0.25}),
         (Constant(floor=1), {0: 1.0}),
         (Cosine(floor=1), {0: 1.0, 50: 1.0, 100: 1.0}),
     ],
@@ -480,6 +482,13 @@ def test_the_last_piece_may_end_early_or_be_cut() -> None:
     assert [early(step) for step in (10, 15, 20, 99)] == [1.0, 0.75, 0.5, 0.5]
     cut = Piecewise(pieces={"a": Constant(length="90st"), "b": Linear(length="20st")})(CLOCK)
     assert [cut(step) for step in (90, 99, 100, 101)] == pytest.approx([1.0, 0.55, 0.5, 0.5])
+
+
+def test_percentages_that_round_to_nothing_leave_their_pieces_out() -> None:
+    pieces = Piecewise(pieces={"a": Constant(length="10%"), "b": Linear(length="80%"), "c": Constant(floor=0.5)})
+    assert [pieces(Clock(1, 4))(step) for step in range(5)] == pytest.approx([1.0, 2 / 3, 1 / 3, 1.0, 1.0])
+    assert [pieces(Clock(1, 1))(step) for step in range(2)] == [1.0, 0.0]
+    assert Piecewise(pieces={"a": Linear(length="10%")})(Clock(1, 1))(0) == 1.0
 
 
 def test_pieces_nest_and_have_a_warm_up_and_a_floor_of_their_own() -> None:
@@ -597,10 +606,13 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: MultiStep(milestones="50%"), "milestones: '50%' is not a list. Write durations, [50%, 75%]."),
     (lambda: MultiStep(milestones=["5ep", 30]), f"milestones.1: 30 has no unit. {UNITS.format(30)}"),  # type: ignore[list-item]
     (lambda: MultiStep(milestones=["0st"]), "milestones.0: a milestone at step 0 has no meaning. Write a duration above zero."),
-    (lambda: MultiStep(milestones=["0.01ep"])(CLOCK), "milestones.0: 0.01ep rounds to 0 steps of this training."),
+    (
+        lambda: MultiStep(milestones=["50%", "100%"])(CLOCK),
+        "milestones.1: 100% is step 100, but the curve after the warm-up has only 100.",
+    ),
     (
         lambda: MultiStep(milestones=["5ep", "20%"])(CLOCK),
-        "milestones.1: 20% is step 20, not after the milestone before it, step 50.",
+        "milestones.1: 20% is step 20, before the milestone that precedes it, step 50.",
     ),
     (
         lambda: MultiStep(milestones=["30ep"], warmup="1ep")(CLOCK),

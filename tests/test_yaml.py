@@ -244,7 +244,7 @@ AFTER_TWO_OF_TWO_STEPS: dict[str, tuple[list[str], float]] = {
     "polynomial": ([], 0.0),
     "rex": ([], 0.0),
     "step": (["every=1st"], 0.01),
-    "wsd": ([], 0.0),
+    "wsd": (["decay=100%"], 0.0),
 }
 """What is changed of each schedule so that two steps show it, and its factor after them."""
 
@@ -255,6 +255,16 @@ def test_a_schedule_drives_a_step(name: str, composed: Any) -> None:
     whole = composed(f"scheduler={name}", *(f"scheduler.{override}" for override in overrides), "optimizer.lr=0.5")
     running = fit(attach(Net(), optimizer=whole.optimizer, scheduler=whole.scheduler), 2)
     assert running.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.5 * factor, rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("name", names("scheduler"))
+def test_a_schedule_bears_the_shortest_trainings(name: str, composed: Any) -> None:
+    """As ``trainer.fast_dev_run=true`` makes them: what is written in percent must not fail by rounding."""
+    schedule = config.scheduler(composed(f"scheduler={name}").scheduler)
+    assert isinstance(schedule, lightning_adaptive.Schedule)
+    for total in range(1, 9):
+        factor = schedule(lightning_adaptive.Clock(steps_per_epoch=total, total_steps=total))
+        assert all(0 <= factor(step) <= 1 for step in range(total + 1))
 
 
 @pytest.mark.parametrize("name", [name for name in names("scheduler") if name != "none"])
