@@ -122,11 +122,11 @@ def found_switch(built: LightningCLI) -> OptimizerSwitchCallback:
     return found
 
 
-def trained_in_python(*callbacks: Callback, model: type[LightningModule] = Net, **options: Any) -> str:
+def trained_in_python(*callbacks: Callback, model: type[LightningModule] = Net) -> str:
     """The weights of the same training without LightningCLI."""
     seed_everything(1, workers=True, verbose=False)
     net = model()
-    trainer(**{"max_epochs": EPOCHS, "callbacks": list(callbacks), **options}).fit(net, Data())
+    trainer(max_epochs=EPOCHS, callbacks=list(callbacks)).fit(net, Data())
     return digest(net)
 
 
@@ -469,6 +469,30 @@ def test_a_mistake_on_the_command_line_is_an_error_of_usage(word: str, line: str
 def test_a_misspelt_option_of_the_callback_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     print(refused(capsys, "fit", "--switch.att=3ep", kind=KeyedCLI)[-3:])
     assert "Option 'att' is not accepted" in refused(capsys, "fit", write(switch_node()), f"{CALLBACK}.att=3ep")
+
+
+EXACT = {"class_path": "lightning_adaptive.ExactResume"}
+NOT_TAKEN: dict[str, tuple[list[dict[str, Any]], tuple[str, ...], str]] = {
+    "option of a callback that is not the last": ([switch_node(), EXACT], (f"{CALLBACK}.at=3ep",), "Option 'at' is not accepted"),
+    "option within a dictionary around a schedule": (
+        [switch_node()],
+        (f"{CALLBACK}.scheduler.scheduler=StepLR", f"{CALLBACK}.scheduler.scheduler.step_size=1"),
+        "Given value: NestedArg(key='scheduler.scheduler.step_size', val='1')",
+    ),
+    "node of Hydra": (
+        [switch_node(optimizer={"_target_": "torch.optim.SGD"})],
+        (),
+        f"{OPTIMIZER_FACTORY}Option '_target_' is not accepted. Got value: Namespace(class_path='torch.optim.Optimizer', "
+        "init_args=Namespace(_target_='torch.optim.SGD'))",
+    ),
+}
+
+
+@pytest.mark.parametrize(("callbacks", "words", "line"), NOT_TAKEN.values(), ids=NOT_TAKEN)
+def test_what_lightning_cli_does_not_take(
+    callbacks: list[dict[str, Any]], words: tuple[str, ...], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert line in refused(capsys, "fit", write(*callbacks), *words)
 
 
 def test_what_only_a_constructor_sees_is_said_by_its_exception() -> None:
