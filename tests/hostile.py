@@ -236,6 +236,7 @@ SLOTS: dict[str, Slot] = {
     "monitor in Lightning's dictionary": lambda node: config.scheduler({"scheduler": None, "monitor": node}),
     "option of a scheduler": lambda node: config.scheduler({"_target_": "torch.optim.lr_scheduler.LambdaLR", "lr_lambda": node}),
     "option of a schedule": lambda node: config.scheduler({"_target_": "lightning_adaptive.Cosine", "warmup": node}),
+    "piece of a schedule": lambda node: config.scheduler({"_target_": "lightning_adaptive.Piecewise", "pieces": {"mine": node}}),
     "param_groups": config.param_groups,
     "rule of param_groups": lambda node: config.param_groups({"_target_": "lightning_adaptive.ParamGroups", "norms": node}),
     "switch": config.switch,

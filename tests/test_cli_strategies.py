@@ -20,12 +20,10 @@ from omegaconf import OmegaConf
 
 from hydra_plugins.lightning_adaptive import data_folder
 from lightning_adaptive.app import job  # noqa: F401 - registers the resolvers that train.yaml uses
-from tests import test_cli
+from tests.cli import Run, digests, result, runs
 from tests.support import ROOT, command
-from tests.test_cli import Run, digests, result, runs
 from tests.witness import seen
 
-train = test_cli.train
 """The fixture."""
 
 CONF = ROOT / "tests" / "conf"

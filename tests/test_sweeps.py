@@ -167,6 +167,7 @@ def test_a_job_that_goes_on_leaves_the_checkpoint_that_it_began_with(
 
 def test_a_job_inherits_no_seed_from_the_one_before(train: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lightning takes it from the environment where none is given."""
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     found = []
     seed_everything = lightning.pytorch.seed_everything
 

@@ -94,7 +94,7 @@ class PhaseGroupSource(FileConfigSource):
         source, path = self._locate(config_path)
         result = source.load_config(path)
         if self.path:
-            _check_recipe(path, result)
+            _check_recipe(path.removesuffix(".yaml"), result)
         result.path, result.provider = self.full_path(), self.provider
         return result
 
