@@ -155,7 +155,8 @@ def saved(command: Command, signum: signal.Signals) -> Path:
 def resume(start: Callable[..., Command], checkpoint: Path, *arguments: str) -> Callable[[], None]:
     """Resumes for an epoch or two; what is returned checks that it came to its end."""
     epochs = torch.load(checkpoint, weights_only=True)["epoch"] + 2
-    command = start(*LONG, *arguments, f"trainer.max_epochs={epochs}", f"ckpt_path={checkpoint}")
+    others = [argument for argument in LONG if not argument.startswith("trainer.max_epochs=")]
+    command = start(*others, *arguments, f"trainer.max_epochs={epochs}", f"ckpt_path={checkpoint}")
 
     def check() -> None:
         assert command.end(120) == 0, command.text

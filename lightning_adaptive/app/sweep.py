@@ -86,9 +86,11 @@ def claim(folder: Path, config: DictConfig) -> None:
         CheckpointError: when it is another config's. That takes a ``hydra.sweep.subdir`` of the user's own.
     """
     mark, own = folder / _MARK, config_hash(config)
-    if mark.is_file() and mark.read_text(encoding="utf-8") != own:
+    marked = mark.read_text(encoding="utf-8") if mark.is_file() else ""
+    if marked not in ("", own):
         raise CheckpointError("this folder holds a run of another config. Name another study, or leave hydra.sweep.subdir out.")
-    mark.write_text(own, encoding="utf-8")
+    if not marked:  # or it was killed before the text was there
+        mark.write_text(own, encoding="utf-8")
 
 
 def one_line(error: BaseException) -> str:
