@@ -139,7 +139,14 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Command]]:
 
 
 def start_mine(start: Callable[..., Command], *arguments: str, rank: int, place: str, act: str) -> Command:
-    return start(*["--trust", "mine", "-cd", "conf", "task=mine", *LONG, *arguments], RANK_OF_TEST=str(rank), PLACE=place, ACT=act)
+    words = ["--trust", "mine", "-cd", "conf", "task=mine", *long_but_for(arguments), *arguments]
+    return start(*words, RANK_OF_TEST=str(rank), PLACE=place, ACT=act)
+
+
+def long_but_for(arguments: Sequence[str]) -> list[str]:
+    """`LONG` without the keys that are given otherwise: a key that is given twice is refused."""
+    keys = {argument.partition("=")[0] for argument in arguments}
+    return [argument for argument in LONG if argument.partition("=")[0] not in keys]
 
 
 def saved(command: Command, signum: signal.Signals) -> Path:
@@ -155,8 +162,8 @@ def saved(command: Command, signum: signal.Signals) -> Path:
 def resume(start: Callable[..., Command], checkpoint: Path, *arguments: str) -> Callable[[], None]:
     """Resumes for an epoch or two; what is returned checks that it came to its end."""
     epochs = torch.load(checkpoint, weights_only=True)["epoch"] + 2
-    others = [argument for argument in LONG if not argument.startswith("trainer.max_epochs=")]
-    command = start(*others, *arguments, f"trainer.max_epochs={epochs}", f"ckpt_path={checkpoint}")
+    own = [*arguments, f"trainer.max_epochs={epochs}", f"ckpt_path={checkpoint}"]
+    command = start(*long_but_for(own), *own)
 
     def check() -> None:
         assert command.end(120) == 0, command.text
