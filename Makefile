@@ -16,7 +16,7 @@ demo: $(READY)
 	$(BIN)/lightning-adaptive train recipe=digits_adam_to_sgd
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: $(READY)
 	$(BIN)/python -m pytest
