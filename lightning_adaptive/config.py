@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin
 
-import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
@@ -32,7 +31,7 @@ from lightning_adaptive import trust
 from lightning_adaptive.errors import ConfigError, ConfigTypeError, did_you_mean
 from lightning_adaptive.handover import Handover
 from lightning_adaptive.param_groups import Inherit, ParamGroups
-from lightning_adaptive.phases import OptimizerFactory, SchedulerConfig, SchedulerFactory
+from lightning_adaptive.phases import OptimizerFactory, SchedulerConfig, SchedulerFactory, check_options
 from lightning_adaptive.schedules import Schedule
 from lightning_adaptive.switch import OptimizerSwitchCallback
 
@@ -134,20 +133,9 @@ def _factory(value: Any, bases: tuple[type, ...], key: str) -> Any:
         return _plain_partial(_refuse_value(value, key))
     maker = _target(value, bases, key, functions=True)
     options = _options(maker, value, key)
-    if _is(maker, Optimizer) and maker.__module__.startswith("torch."):
-        _try(maker, options, key)
+    if _is(maker, Optimizer):
+        check_options(maker, options, key)
     return functools.partial(maker, **options)
-
-
-def _try(cls: type[Optimizer], options: dict[str, Any], key: str) -> None:
-    """Builds one of torch's optimizers for a single weight: its constructor refuses bad values, now and not at the first step.
-
-    Other people's optimizers may need more than that, and are first built for the model.
-    """
-    try:
-        cls([nn.Parameter(torch.zeros(1, 1))], **options)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(f"{cls.__name__} cannot be built: {str(error).rstrip('.')}.", key) from error
 
 
 def _object(value: Any, bases: tuple[type, ...], key: str, nested: tuple[type, ...] = (), **objects: Any) -> Any:

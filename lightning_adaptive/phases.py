@@ -220,20 +220,32 @@ def _impose(optimizer: Optimizer, partition: Partition) -> None:
         param_groups.impose(optimizer.param_groups, partition)
     except ConfigError as error:
         raise error.within("param_groups") from None
-    if type(optimizer).__module__.startswith("torch."):
-        for group, recorded in zip(optimizer.param_groups, partition, strict=True):
-            if recorded.options:
-                _try_options(type(optimizer), group, f"param_groups.{recorded.name or next(iter(recorded.options))}")
+    known = inspect.signature(type(optimizer)).parameters
+    for group, recorded in zip(optimizer.param_groups, partition, strict=True):
+        if recorded.options:
+            options = {option: value for option, value in group.items() if option in known and option != "params"}
+            check_options(type(optimizer), options, f"param_groups.{recorded.name or next(iter(recorded.options))}")
 
 
-def _try_options(cls: type[Optimizer], group: OptimizerGroup, key: str) -> None:
-    """Has one of torch's constructors read the options that a rule gives: it refuses bad values, and groups are not asked."""
-    known = inspect.signature(cls).parameters
-    options = {option: value for option, value in group.items() if option in known and option != "params"}
+def check_options(cls: type[Optimizer], options: Mapping[str, Any], key: str) -> None:
+    """Builds one of torch's optimizers for a single weight: its constructor refuses bad values, and groups are not asked.
+
+    Other people's optimizers may need more than a weight, and are first built for the model.
+
+    Args:
+        cls: a class of torch's; others pass.
+        options: its options.
+        key: the config key that holds them.
+
+    Raises:
+        ConfigError: for options that it refuses.
+    """
+    if not cls.__module__.startswith("torch."):
+        return
     try:
         cls([torch.nn.Parameter(torch.zeros(1, 1))], **options)
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(f"{cls.__name__} refuses these options: {str(error).rstrip('.')}.", key) from error
+        raise ConfigError(f"{cls.__name__} cannot be built: {str(error).rstrip('.')}.", key) from error
 
 
 def _without_groups(factory: OptimizerFactory, lists: Sequence[list[Tensor]], error: ValueError) -> Optimizer:
@@ -285,7 +297,13 @@ def _scheduler(
         scheduler = Constant()
     check_factory(scheduler, LRScheduler, "scheduler")
     if isinstance(scheduler, Schedule):
+        betas = optimizer.param_groups[0].get("betas")
         try:
+            if isinstance(betas, tuple | list) and len(betas) > 1:
+                scheduler = scheduler.with_untuned_warmup(float(betas[1]))
+            others = [option for option in scheduler.curves(clock) if option != "lr"]
+            if others:
+                raise ConfigError(f"a schedule of {', '.join(others)} is not available yet, only one of the learning rate.")
             built: LRScheduler | ReduceLROnPlateau = ScheduleLR(optimizer, scheduler, clock)
         except ConfigError as error:
             raise error.within("scheduler") from None

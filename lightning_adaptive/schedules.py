@@ -126,9 +126,11 @@ class Curve(Schedule):
         return curves
 
     def with_untuned_warmup(self, beta2: float) -> Self:
+        if self.warmup != "untuned":
+            return self
         if isinstance(beta2, bool) or not isinstance(beta2, int | float) or not 0 <= beta2 < 1:
             raise ConfigError(f"a beta2 of {beta2!r} gives no warm-up. It lies from 0 to below 1.", "warmup")
-        return replace(self, warmup=Duration(math.floor(2 / (1 - beta2) + 0.5), "st")) if self.warmup == "untuned" else self
+        return replace(self, warmup=Duration(math.floor(2 / (1 - beta2) + 0.5), "st"))
 
     @abstractmethod
     def shape(self, clock: Clock, steps: int | None) -> Factor:

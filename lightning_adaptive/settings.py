@@ -59,8 +59,11 @@ def of_scheduler(scheduler: Any) -> str:
         rest = {name: value for name, value in scheduler.items() if name != "scheduler"}
         return ", ".join([of_scheduler(scheduler.get("scheduler")), *(f"{name} {value}" for name, value in sorted(rest.items()))])
     if isinstance(scheduler, functools.partial):
-        options = (f"{name} {_plain(value)}" for name, value in sorted(scheduler.keywords.items()))
-        return ", ".join([of_scheduler(scheduler.func), *options])
+        # A factory of LightningCLI's is a function with the class as its argument, and spells out all of the class's options.
+        made = next((given for given in scheduler.args if inspect.isclass(given)), scheduler.func)
+        defaults = {name: parameter.default for name, parameter in inspect.signature(made).parameters.items()}
+        options = {name: value for name, value in sorted(scheduler.keywords.items()) if value != defaults.get(name, made)}
+        return ", ".join([of_scheduler(made), *(f"{name} {_plain(value)}" for name, value in options.items())])
     return getattr(scheduler, "__name__", type(scheduler).__name__)
 
 

@@ -269,12 +269,12 @@ def test_no_decay_goes_with_an_optimizer_that_does_not_decay(optimizer: Any) -> 
         (
             {"slow": {"match": "net.0.*", "weight_decay": -1}},
             partial(SGD, lr=1),
-            "slow: SGD refuses these options: Invalid weight_decay value: -1.",
+            "slow: SGD cannot be built: Invalid weight_decay value: -1.",
         ),
         (
             {"slow": {"match": "net.0.*", "betas": [0.9]}},
             partial(Adam, lr=1),
-            "slow: Adam refuses these options: tuple index out of range.",
+            "slow: Adam cannot be built: tuple index out of range.",
         ),
     ],
 )

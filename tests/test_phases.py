@@ -10,7 +10,7 @@ import torch
 from torch.optim import LBFGS, SGD, Adam, AdamW
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 
-from lightning_adaptive import Clock, ConfigError, Cosine
+from lightning_adaptive import Clock, ConfigError, Cosine, OneCycle, settings
 from lightning_adaptive.param_groups import Group
 from lightning_adaptive.phases import ScheduleLR, build, check_factory, state_bytes
 
@@ -174,3 +174,35 @@ def test_counts_the_bytes_of_an_optimizers_state() -> None:
     assert state_bytes(optimizer) == 0
     optimizer.step()
     assert state_bytes(optimizer) == 2 * 100 * 4 + 4  # two moments and the step
+
+
+def test_an_untuned_warm_up_takes_its_length_from_the_optimizer() -> None:
+    clock = Clock(steps_per_epoch=10, total_steps=500)
+    phase = build(partial(Adam, lr=0.1, betas=(0.9, 0.98)), Cosine(warmup="untuned"), ONE, TENSORS, clock)
+    scheduler = phase.lr_scheduler["scheduler"]
+    assert str(scheduler.schedule) == "cosine, warmup 100st"  # 2 / (1 - 0.98)
+    assert scheduler.lrs_at(0) == [pytest.approx(0.1 / 100)]
+    assert scheduler.lrs_at(99) == [pytest.approx(0.1)]
+    with pytest.raises(ConfigError) as caught:
+        build(partial(SGD, lr=0.1), Cosine(warmup="untuned"), ONE, TENSORS, clock)
+    assert str(caught.value) == (
+        "scheduler.warmup: 'untuned' is 2 / (1 - beta2) steps and needs an optimizer with beta2, such as Adam. "
+        "Choose one, or write a duration."
+    )
+
+
+def test_a_schedule_of_another_option_is_refused_and_not_left_out_in_silence() -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(partial(SGD, lr=0.1, momentum=0.95), OneCycle(momentum_low=0.9), ONE, TENSORS, CLOCK)
+    assert str(caught.value) == "scheduler: a schedule of momentum is not available yet, only one of the learning rate."
+
+
+def test_a_factory_of_lightning_cli_is_the_class_that_it_makes() -> None:
+    """It is a partial of a function of jsonargparse's, with the class and all of its options."""
+
+    def make(cls: type, optimizer: Any, **options: Any) -> Any:
+        return cls(optimizer, **options)
+
+    theirs = partial(make, StepLR, step_size=3, gamma=0.1, last_epoch=-1)
+    assert settings.of_scheduler(theirs) == settings.of_scheduler(partial(StepLR, step_size=3)) == "StepLR, step_size 3"
+    assert settings.of_scheduler(partial(StepLR, step_size=3, gamma=0.5)) == "StepLR, gamma 0.5, step_size 3"
