@@ -590,7 +590,10 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
         "warmup: 'untuned' is 2 / (1 - beta2) steps and needs an optimizer with beta2, such as Adam. "
         "Choose one, or write a duration.",
     ),
-    (lambda: Cosine(warmup="untuned").with_untuned_warmup(1.0), "warmup: a beta2 of 1.0 gives no warm-up. It lies from 0 to below 1."),
+    (
+        lambda: Cosine(warmup="untuned").with_untuned_warmup(1.0),
+        "warmup: a beta2 of 1.0 gives no warm-up. It lies from 0 to below 1.",
+    ),
     (lambda: StepDecay(every="0st"), "every: a decay every 0 steps has no meaning. Write a duration above zero."),
     (lambda: StepDecay(every="0.01ep")(CLOCK), "every: 0.01ep rounds to 0 steps of this training."),
     (lambda: StepDecay(gamma=0), "gamma: 0 lies outside 0 to 1. It multiplies the value at each decay."),
