@@ -33,9 +33,11 @@ if TYPE_CHECKING:
     from lightning_adaptive.param_groups import ParamGroups as ParamGroups
     from lightning_adaptive.rules import Rule as Rule
     from lightning_adaptive.schedules import Constant as Constant
+    from lightning_adaptive.schedules import Continue as Continue
     from lightning_adaptive.schedules import Curve as Curve
     from lightning_adaptive.schedules import PerOption as PerOption
     from lightning_adaptive.schedules import Piecewise as Piecewise
+    from lightning_adaptive.schedules import Plateau as Plateau
     from lightning_adaptive.schedules import Schedule as Schedule
     from lightning_adaptive.switch import OptimizerSwitchCallback as OptimizerSwitchCallback
 
@@ -47,6 +49,7 @@ _HOMES = {
     "Clock": "durations",
     "ConfigError": "errors",
     "Constant": "schedules",
+    "Continue": "schedules",
     "Cosine": "curves",
     "CosineRestarts": "curves",
     "Curve": "schedules",
@@ -66,6 +69,7 @@ _HOMES = {
     "ParamGroups": "param_groups",
     "PerOption": "schedules",
     "Piecewise": "schedules",
+    "Plateau": "schedules",
     "Polynomial": "curves",
     "REX": "curves",
     "Rule": "rules",

@@ -28,10 +28,12 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from hydra_plugins.lightning_adaptive import SWITCH_SLOTS
 from lightning_adaptive import trust
+from lightning_adaptive.durations import Duration, is_duration
 from lightning_adaptive.errors import ConfigError, ConfigTypeError, did_you_mean
 from lightning_adaptive.handover import Handover
+from lightning_adaptive.lr_schedulers import SchedulerConfig, SchedulerFactory
 from lightning_adaptive.param_groups import Inherit, ParamGroups
-from lightning_adaptive.phases import OptimizerFactory, SchedulerConfig, SchedulerFactory, check_options
+from lightning_adaptive.phases import OptimizerFactory, check_options
 from lightning_adaptive.schedules import Schedule
 from lightning_adaptive.switch import OptimizerSwitchCallback
 
@@ -55,8 +57,9 @@ def scheduler(value: Any, key: str = "scheduler") -> Schedule | SchedulerFactory
     options = _plain(value, key)
     if "_target_" in options:
         found = _target(options, _SCHEDULERS, key, functions=True)
-        nested = (Schedule,)  # the pieces of a schedule
-        return _build(found, options, key, nested) if _is(found, Schedule) else _factory(options, _SCHEDULERS, key)
+        if _is(found, Schedule):
+            return _build(found, options, key, nested=(Schedule,))  # its pieces
+        return _factory({name: _durations(option) for name, option in options.items()}, _SCHEDULERS, key)
     around = {name: _nested(option, (), f"{key}.{name}") for name, option in options.items() if name != "scheduler"}
     if "scheduler" in options:
         inner = value["scheduler"] if _is_mapping(options["scheduler"]) else options["scheduler"]
@@ -136,6 +139,13 @@ def _factory(value: Any, bases: tuple[type, ...], key: str) -> Any:
     if _is(maker, Optimizer):
         check_options(maker, options, key)
     return functools.partial(maker, **options)
+
+
+def _durations(value: Any) -> Any:
+    """An option of a torch scheduler; what is written as a duration, ``T_max: 100%``, is counted when the clock is known."""
+    if isinstance(value, list):
+        return [_durations(item) for item in value]
+    return Duration.parse(value) if is_duration(value) else value
 
 
 def _object(value: Any, bases: tuple[type, ...], key: str, nested: tuple[type, ...] = (), **objects: Any) -> Any:
@@ -294,7 +304,7 @@ def _check_value(value: Any, parameter: inspect.Parameter | None, key: str, is_l
     if _is_number(kinds) and not _fits(value, kinds):
         number = "number" if float in kinds else "whole number"
         example = default if isinstance(default, int | float) else 0.001 if is_lr else 1
-        shown = "null" if value is None else repr(value)
+        shown = "null" if value is None else repr(str(value) if isinstance(value, Duration) else value)
         raise ConfigTypeError(f"{shown} is not a {number}. Write one, for example {example}.", key)
     words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
     is_truth = bool in kinds and all(kind in (bool, NoneType) or get_origin(kind) is Literal for kind in kinds)
@@ -344,6 +354,8 @@ def _members(annotation: Any) -> set[Any]:
 
 
 def _fits(value: Any, kinds: set[Any]) -> bool:
+    if isinstance(value, Duration):
+        return int in kinds  # it will be a number of steps
     if value is None or isinstance(value, bool):
         return type(value) in kinds
     if isinstance(value, int):

@@ -136,6 +136,16 @@ class Duration:
         return hash((self.value, self.unit))
 
 
+def is_duration(value: object) -> bool:
+    """Whether a value is a duration, or text with a number and a unit of one.
+
+    >>> is_duration("30%"), is_duration("cos"), is_duration(30)
+    (True, False, False)
+    """
+    match = _PATTERN.fullmatch(value) if isinstance(value, str) else None
+    return isinstance(value, Duration) or (match is not None and match[2].lower() in _UNITS)
+
+
 class Warmup:
     """What a warm-up may be: a duration, or the word ``untuned``. One class, since OmegaConf knows no union of classes."""
 

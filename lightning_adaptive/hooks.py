@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 
 from lightning_adaptive import config, phases, strategies
 from lightning_adaptive.errors import ConfigError
+from lightning_adaptive.lr_schedulers import SchedulerConfig, SchedulerFactory, check_factory
 from lightning_adaptive.param_groups import Inherit, ParamGroups
-from lightning_adaptive.phases import OptimizerFactory, SchedulerConfig, SchedulerFactory
+from lightning_adaptive.phases import OptimizerFactory
 from lightning_adaptive.schedules import Schedule
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -34,7 +35,7 @@ class _FirstPhase:
         if isinstance(groups, Inherit):
             raise ConfigError("the first phase has no groups to inherit. Leave it out, or write none.", "param_groups")
         factory = config.optimizer_factory(optimizer)
-        phases.check_factory(factory, Optimizer, "optimizer")
+        check_factory(factory, Optimizer, "optimizer")
         return cls(factory, config.scheduler(scheduler), groups)
 
 
@@ -44,7 +45,7 @@ def configure_optimizers(
     optimizer: OptimizerFactory | Mapping[str, Any],
     scheduler: Schedule | SchedulerFactory | Mapping[str, Any] | None = None,
     param_groups: ParamGroups | Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any] | tuple[list[Optimizer], list[dict[str, Any]]]:
     """What ``LightningModule.configure_optimizers`` may return, from Hydra nodes or plain callables.
 
     The number of steps that a schedule spans comes from the module's trainer.
@@ -57,7 +58,7 @@ def configure_optimizers(
         param_groups: the groups of the trainable parameters; ``None`` is one group of all of them.
 
     Returns:
-        Lightning's dictionary with ``optimizer`` and ``lr_scheduler``.
+        Lightning's dictionary with ``optimizer`` and ``lr_scheduler``; with a `Plateau`, its lists of optimizers and schedulers.
 
     Raises:
         ConfigError: for a node or value that cannot be used; the message names its key.
@@ -90,7 +91,7 @@ def attach(
     return module
 
 
-def _configure(module: LightningModule, first_phase: _FirstPhase) -> dict[str, Any]:
+def _configure(module: LightningModule, first_phase: _FirstPhase) -> dict[str, Any] | tuple[list[Optimizer], list[dict[str, Any]]]:
     try:
         partition = first_phase.param_groups.partition(strategies.described(module))
     except ConfigError as error:

@@ -5,83 +5,23 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Required, TypedDict, cast
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_adaptive import param_groups
 from lightning_adaptive.durations import Clock
-from lightning_adaptive.errors import ConfigError, ConfigTypeError, did_you_mean
+from lightning_adaptive.errors import ConfigError, ConfigTypeError
+from lightning_adaptive.lr_schedulers import SchedulerConfig, SchedulerFactory, build_scheduler
 from lightning_adaptive.param_groups import OptimizerGroup, Partition
-from lightning_adaptive.schedules import Constant, Schedule
+from lightning_adaptive.schedules import Schedule
 
 OptimizerFactory = Callable[[Iterable], Optimizer]
 """Parameters (or group dicts) to optimizer, for example ``functools.partial(torch.optim.SGD, lr=0.1)``."""
-
-SchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
-"""Optimizer to torch scheduler, for example ``functools.partial(StepLR, step_size=10)``."""
-
-CURVE_NAME = "lr"
-"""The one name under which `LearningRateMonitor` logs the learning rates of all phases."""
-
-
-class SchedulerConfig(TypedDict, total=False):
-    """Lightning's dictionary around a scheduler, with a `Schedule` or a factory where Lightning has the scheduler itself."""
-
-    scheduler: Required[Schedule | SchedulerFactory]
-    interval: Literal["step", "epoch"]
-    frequency: int
-    monitor: str
-    strict: bool
-    name: str
-
-
-_SCHEDULER_KEYS = tuple(SchedulerConfig.__annotations__)
-
-
-class ScheduleLR(LambdaLR):
-    """Steps a schedule's factor; its whole state is the step.
-
-    The base values are the groups' own ``initial_lr``, which travel in the optimizer's state, so a learning rate that was
-    decided at run time survives a resume; the factor is closed form and comes from the configuration.
-
-    Args:
-        optimizer: the optimizer whose groups are driven, all by the same factor.
-        schedule: what gives the factor.
-        clock: the phase's clock.
-    """
-
-    def __init__(self, optimizer: Optimizer, schedule: Schedule, clock: Clock) -> None:
-        self.schedule = schedule
-        self.factor = schedule(clock)
-        super().__init__(optimizer, self.factor)
-
-    def get_lr(self) -> list[float | Tensor]:
-        return self.lrs_at(self.last_epoch)
-
-    def lrs_at(self, step: int) -> list[float | Tensor]:
-        """Each group's learning rate at a step of the phase, 0-based."""
-        factor = self.factor(step)
-        # A group that was added to the running optimizer has as its base what it was given.
-        return [group.setdefault("initial_lr", group["lr"]) * factor for group in self.optimizer.param_groups]
-
-    def refresh(self) -> None:
-        """Gives the groups the learning rates of this step anew, after their base values were changed."""
-        for group, lr in zip(self.optimizer.param_groups, self.lrs_at(self.last_epoch), strict=True):
-            group["lr"] = lr
-        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"step": self.last_epoch}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.last_epoch = state_dict["step"]
-        self._step_count = self.last_epoch + 1
-        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
 
 @dataclass(frozen=True)
@@ -90,17 +30,26 @@ class Phase:
 
     Args:
         optimizer: the optimizer, a plain one of the ecosystem.
-        lr_scheduler: Lightning's dictionary around the optimizer's scheduler.
+        lr_schedulers: Lightning's dictionaries around the optimizer's schedulers: one that gives its learning rates, and where
+            that is a plateau's, one that watches the metric.
         notes: lines about what was decided while building, for the user.
     """
 
     optimizer: Optimizer
-    lr_scheduler: dict[str, Any]
+    lr_schedulers: Sequence[dict[str, Any]]
     notes: tuple[str, ...] = ()
 
-    def configuration(self) -> dict[str, Any]:
-        """What ``LightningModule.configure_optimizers`` returns for this phase."""
-        return {"optimizer": self.optimizer, "lr_scheduler": self.lr_scheduler}
+    @property
+    def lr_scheduler(self) -> LRScheduler | ReduceLROnPlateau:
+        """What gives the learning rates."""
+        scheduler: LRScheduler | ReduceLROnPlateau = self.lr_schedulers[0]["scheduler"]
+        return scheduler
+
+    def configuration(self) -> dict[str, Any] | tuple[list[Optimizer], list[dict[str, Any]]]:
+        """What ``LightningModule.configure_optimizers`` returns for this phase; its dictionary has room for one scheduler."""
+        if len(self.lr_schedulers) > 1:
+            return [self.optimizer], list(self.lr_schedulers)
+        return {"optimizer": self.optimizer, "lr_scheduler": self.lr_schedulers[0]}
 
 
 def build(
@@ -109,6 +58,7 @@ def build(
     partition: Partition,
     tensors: Mapping[str, Tensor],
     clock: Clock,
+    since: int = 0,
 ) -> Phase:
     """Builds a phase for given parameters.
 
@@ -118,6 +68,7 @@ def build(
         partition: the groups, by parameter name.
         tensors: the parameters by name.
         clock: steps of the training and the phase's first step.
+        since: steps for which the schedule had run when the phase began, of one that a switch continues.
 
     Raises:
         ConfigError: when the optimizer cannot express the partition, has no learning rate to schedule, or a duration of the
@@ -125,22 +76,7 @@ def build(
         ConfigTypeError: when a factory returns something else.
     """
     built, notes = build_optimizer(optimizer, partition, tensors)
-    return Phase(built, _scheduler(scheduler, built, clock), notes)
-
-
-def check_factory(value: Any, base: type, key: str) -> None:
-    """Refuses what is not a factory.
-
-    Raises:
-        ConfigTypeError: for an instance of ``base`` (it holds its own parameters already), and for what cannot be called.
-    """
-    if isinstance(value, base):
-        name = type(value).__name__
-        raise ConfigTypeError(
-            f"a {name} that is already built holds its own parameters. Pass a factory: partial({name}, ...) from functools.", key
-        )
-    if not callable(value):
-        raise ConfigTypeError(f"{value!r} is not a factory. Pass a class, or partial(...) of one.", key)
+    return Phase(built, build_scheduler(scheduler, built, clock, since), notes)
 
 
 def state_bytes(optimizer: Optimizer) -> int:
@@ -277,53 +213,6 @@ def _refuse_unequal(optimizer: Optimizer, partition: Partition) -> None:
             f"{name} has no parameter groups, and its weight decay would reach groups that are kept free of it. Set it to 0.",
             "optimizer.weight_decay",
         )
-
-
-def _scheduler(
-    scheduler: Schedule | SchedulerFactory | SchedulerConfig | None, optimizer: Optimizer, clock: Clock
-) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    if isinstance(scheduler, Mapping):
-        options = dict(scheduler)
-        for key in options:
-            if key not in _SCHEDULER_KEYS:
-                raise ConfigError(
-                    f"unknown key. Allowed: {', '.join(_SCHEDULER_KEYS)}." + did_you_mean(key, _SCHEDULER_KEYS), f"scheduler.{key}"
-                )
-        if "scheduler" not in options:
-            raise ConfigError("a dictionary needs the key 'scheduler' with a Schedule or a factory.", "scheduler")
-        scheduler = options.pop("scheduler")
-    if scheduler is None:
-        scheduler = Constant()
-    check_factory(scheduler, LRScheduler, "scheduler")
-    if isinstance(scheduler, Schedule):
-        betas = optimizer.param_groups[0].get("betas")
-        try:
-            if isinstance(betas, tuple | list) and len(betas) > 1:
-                scheduler = scheduler.with_untuned_warmup(float(betas[1]))
-            others = [option for option in scheduler.curves(clock) if option != "lr"]
-            if others:
-                raise ConfigError(f"a schedule of {', '.join(others)} is not available yet, only one of the learning rate.")
-            built: LRScheduler | ReduceLROnPlateau = ScheduleLR(optimizer, scheduler, clock)
-        except ConfigError as error:
-            raise error.within("scheduler") from None
-    else:
-        built = cast(SchedulerFactory, scheduler)(optimizer)
-    if not isinstance(built, LRScheduler | ReduceLROnPlateau):
-        raise ConfigTypeError(f"the factory returned a {type(built).__name__}, not a scheduler of torch.", "scheduler")
-    plateau = isinstance(built, ReduceLROnPlateau)
-    if plateau and not options.get("monitor"):
-        raise ConfigError("ReduceLROnPlateau needs the name of a metric. Add the key monitor.", "scheduler.monitor")
-    interval = "step" if isinstance(built, ScheduleLR) else "epoch"
-    defaults = {"interval": interval, "frequency": 1, "name": CURVE_NAME, "reduce_on_plateau": plateau}
-    return {**defaults, **options, "scheduler": built}
-
-
-def describe_schedule(scheduler: LRScheduler | ReduceLROnPlateau | None) -> str:
-    """A scheduler in words: a `Schedule` with its options, or the class's name."""
-    if scheduler is None:
-        return "constant"
-    return str(scheduler.schedule) if isinstance(scheduler, ScheduleLR) else type(scheduler).__name__
 
 
 def describe(optimizer: Optimizer) -> str:

@@ -10,7 +10,8 @@ from lightning.pytorch import Trainer
 from torch.nn.parameter import is_lazy
 
 from lightning_adaptive import strategies
-from lightning_adaptive.phases import Phase, ScheduleLR, describe_schedule, format_lrs, lrs, partition_of
+from lightning_adaptive.lr_schedulers import ScheduleLR, describe_schedule
+from lightning_adaptive.phases import Phase, format_lrs, lrs, partition_of
 from lightning_adaptive.switch import PlannedPhase, find_switch
 
 
@@ -107,7 +108,7 @@ def plan(trainer: Trainer) -> Plan:
         PlannedPhase(
             switch.first_step if switch else 0,
             f"resumed at step {trainer.global_step}" if trainer.global_step else "configure_optimizers",
-            Phase(strategies.running_optimizer(trainer), {"scheduler": scheduler}),
+            Phase(strategies.running_optimizer(trainer), [{"scheduler": scheduler}]),
         ),
         *(switch.planned(trainer) if switch else ()),
     ]
@@ -140,7 +141,7 @@ def _phase_plan(number: int, planned: PlannedPhase, end_step: int | None, shapes
     return PhasePlan(
         number=number,
         optimizer=type(phase.optimizer).__name__,
-        schedule=describe_schedule(phase.lr_scheduler["scheduler"]),
+        schedule=describe_schedule(phase.lr_scheduler),
         first_step=first_step,
         end_step=end_step,
         reason=reason,
@@ -185,7 +186,7 @@ def _lines(table: tuple[GroupPlan, ...]) -> list[str]:
 
 def _curve(phase: Phase, last: int | None) -> str:
     """Learning rates in words: now, or where the schedule is closed form, at the phase's first and last step."""
-    scheduler = phase.lr_scheduler["scheduler"]
+    scheduler = phase.lr_scheduler
     if not isinstance(scheduler, ScheduleLR):
         return format_lrs(lrs(phase.optimizer))
     corners = [0] if last is None else [0, last]

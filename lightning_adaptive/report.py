@@ -21,7 +21,8 @@ from torch import Tensor
 
 from lightning_adaptive import checkpoints
 from lightning_adaptive.errors import ConfigError, did_you_mean
-from lightning_adaptive.phases import describe_schedule, format_lrs, lrs, state_bytes
+from lightning_adaptive.lr_schedulers import describe_schedule
+from lightning_adaptive.phases import format_lrs, lrs, state_bytes
 from lightning_adaptive.strategies import running_optimizer
 from lightning_adaptive.switch import find_switch, format_bytes
 

@@ -227,12 +227,12 @@ class Curve(Schedule):
         if not 0 <= value <= 1 or (above_zero and value == 0):
             raise ConfigError(f"{value!r} lies outside 0 to 1. {meaning}", option)
 
-    def _check_count(self, option: str, meaning: str) -> None:
+    def _check_count(self, option: str, meaning: str, least: int = 1) -> None:
         value = getattr(self, option)
         if isinstance(value, bool) or not isinstance(value, int):
             raise ConfigTypeError(f"{value!r} is not a whole number. {meaning}", option)
-        if value < 1:
-            raise ConfigError(f"{value!r} is below 1. {meaning}", option)
+        if value < least:
+            raise ConfigError(f"{value!r} is below {least}. {meaning}", option)
 
     def _check_word(self, option: str, *words: str) -> None:
         value = getattr(self, option)
@@ -253,6 +253,69 @@ class Constant(Curve):
 
     def shape(self, clock: Clock, steps: int | None) -> Factor:
         return _one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plateau(Constant):
+    """The base value, after an optional warm-up, times ``factor`` whenever a metric has stood still.
+
+    The one schedule that is not a function of the step alone: it looks at the metric with torch's ``ReduceLROnPlateau``, which
+    goes on from where it was when a run resumes. A plan shows its warm-up. It stands alone: neither a piece of another schedule
+    nor one for a single option.
+
+    Args:
+        monitor: name of a metric that the module logs, ``val/loss``.
+        mode: ``min`` when less is better, ``max`` when more is.
+        factor: the multiplier of each reduction, above 0 and below 1.
+        patience: number of looks without an improvement that are borne; the one after them reduces.
+        threshold: least change that counts as an improvement, as a share of the best value (``rel``) or itself (``abs``).
+        threshold_mode: ``rel`` or ``abs``.
+        cooldown: number of looks after a reduction in which nothing is counted.
+        floor: share of the base value below which it is never reduced.
+        interval: ``epoch`` looks at the end of epochs, ``step`` after batches, as of Lightning's schedulers.
+        frequency: at the end of each how manieth epoch, or after each how manieth batch of an epoch; for validations within an
+            epoch that of ``trainer.val_check_interval``.
+
+    Raises:
+        ConfigError: for values that are not allowed. When training reaches the first look and no such metric was logged,
+            Lightning ends the run and names those that were.
+    """
+
+    monitor: str
+    mode: Literal["min", "max"] = "min"
+    factor: float = 0.1
+    patience: int = 10
+    threshold: float = 1e-4
+    threshold_mode: Literal["rel", "abs"] = "rel"
+    cooldown: int = 0
+    interval: Literal["step", "epoch"] = "epoch"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.monitor, str) or not self.monitor:
+            raise ConfigTypeError(f"{self.monitor!r} is no name of a metric. Write one that is logged, val/loss.", "monitor")
+        self._check_word("mode", "min", "max")
+        self._check_share("factor", "It multiplies the value at each reduction.", above_zero=True)
+        if self.factor == 1:
+            raise ConfigError(f"{self.factor!r} would reduce nothing. Write a number below 1.", "factor")
+        self._check_count("patience", "It is a number of looks at the metric.", least=0)
+        self._check_number("threshold")
+        if not 0 <= self.threshold < math.inf:
+            raise ConfigError(f"{self.threshold!r} is no change of a metric. Write a number from 0 on.", "threshold")
+        self._check_word("threshold_mode", "rel", "abs")
+        self._check_count("cooldown", "It is a number of looks at the metric.", least=0)
+
+    def _period(self, clock: Clock) -> tuple[int, int]:
+        # Interval and frequency say when it looks; the warm-up moves at every step.
+        return 1, 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continue(Schedule):
+    """For a switch: the running schedule goes on, on the base values of the next optimizer, with its own clock and first step."""
+
+    def __call__(self, clock: Clock) -> Factor:
+        raise ConfigError("there is no running schedule to continue; only a switch has one. Choose another.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -402,6 +465,8 @@ def _by_name(value: Any, kind: type[_Kind], key: str) -> dict[str, _Kind]:
                 " Hydra's own instantiate keeps it one where the node has _convert_: all." if isinstance(schedule, Mapping) else ""
             )
             raise ConfigTypeError(f"{schedule!r} is not {known}.{advice}", f"{key}.{name}")
+        if isinstance(schedule, Plateau | Continue):
+            raise ConfigError(f"{type(schedule).__name__} stands alone and is no part of another schedule.", f"{key}.{name}")
     return dict(value)
 
 

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -261,11 +261,14 @@ class Plain:
             ConfigError: naming the setting.
         """
 
-    def check_next(self, optimizer: Optimizer, gradient_clip_val: float | Literal["keep"] | None) -> None:
+    def check_next(
+        self, optimizer: Optimizer, lr_schedulers: Sequence[Any], gradient_clip_val: float | Literal["keep"] | None
+    ) -> None:
         """Refuses what would fail only at its first step.
 
         Args:
             optimizer: a later phase's, built for a trial.
+            lr_schedulers: Lightning's dictionaries around its schedulers.
             gradient_clip_val: what that phase asks for.
 
         Raises:
@@ -288,29 +291,30 @@ class Plain:
                 "optimizer.fused",
             )
 
-    def install(self, optimizer: Optimizer, lr_scheduler: Mapping[str, Any]) -> None:
-        """Puts optimizer and scheduler in place of the running ones, which it keeps for `undo`.
+    def install(self, optimizer: Optimizer, lr_schedulers: Sequence[Mapping[str, Any]]) -> None:
+        """Puts optimizer and schedulers in place of the running ones, which it keeps for `undo`.
 
         Args:
             optimizer: the next optimizer, complete.
-            lr_scheduler: Lightning's dictionary around its scheduler.
+            lr_schedulers: Lightning's dictionaries around its schedulers.
         """
         self._old = self.strategy.optimizers, self.strategy.lr_scheduler_configs
         _optimizers_to_device([optimizer], self.strategy.root_device)
         # Parameters outside the new groups must not keep a gradient that nobody clears.
         self._old[0][self.index].zero_grad(set_to_none=True)
-        self._put(_replaced(self._old[0], self.index, optimizer), self._schedulers(LRSchedulerConfig(**lr_scheduler)))
+        configs = [LRSchedulerConfig(**lr_scheduler) for lr_scheduler in lr_schedulers]
+        self._put(_replaced(self._old[0], self.index, optimizer), self._schedulers(configs))
 
     def undo(self) -> None:
         """Puts the old optimizer and scheduler back, however far `install` had come."""
         if self._old is not None:
             self._put(*self._old)
 
-    def _schedulers(self, config: LRSchedulerConfig) -> list[LRSchedulerConfig]:
+    def _schedulers(self, configs: list[LRSchedulerConfig]) -> list[LRSchedulerConfig]:
         if self.trainer.lightning_module.automatic_optimization:
-            return [config]
-        configs, place = self.strategy.lr_scheduler_configs, self._scheduler_place()
-        return configs if place is None else _replaced(configs, place, config)
+            return configs
+        running, place = self.strategy.lr_scheduler_configs, self._scheduler_place()
+        return running if place is None else _replaced(running, place, configs[0])
 
     def _scheduler_place(self) -> int | None:
         configs, running = self.strategy.lr_scheduler_configs, self.optimizer
@@ -332,8 +336,10 @@ class Sharded(Plain):
                 "trainer.strategy.use_orig_params",
             )
 
-    def check_next(self, optimizer: Optimizer, gradient_clip_val: float | Literal["keep"] | None) -> None:
-        super().check_next(optimizer, gradient_clip_val)
+    def check_next(
+        self, optimizer: Optimizer, lr_schedulers: Sequence[Any], gradient_clip_val: float | Literal["keep"] | None
+    ) -> None:
+        super().check_next(optimizer, lr_schedulers, gradient_clip_val)
         _refuse_closure(optimizer, self.strategy)
         stateless = isinstance(optimizer, SGD) and not any(group["momentum"] for group in optimizer.param_groups)
         if stateless and not getattr(self.strategy, "_save_distributed_checkpoint", False):
@@ -358,9 +364,17 @@ class DeepSpeed(Plain):
                 f"{windows} times too small. Adam does not mind, SGD does. Multiply the loss that training_step returns by it."
             )
 
-    def check_next(self, optimizer: Optimizer, gradient_clip_val: float | Literal["keep"] | None) -> None:
+    def check_next(
+        self, optimizer: Optimizer, lr_schedulers: Sequence[Any], gradient_clip_val: float | Literal["keep"] | None
+    ) -> None:
         _refuse_closure(optimizer, self.strategy)
         self._check_class(optimizer)
+        if len(lr_schedulers) > 1:
+            raise ConfigError(
+                "under DeepSpeed a phase has one scheduler, and a Plateau needs a second, which watches its metric. Give "
+                "torch.optim.lr_scheduler.ReduceLROnPlateau, without warm-up.",
+                "scheduler",
+            )
         if _members(optimizer.param_groups) != _members(self.groups):
             raise ConfigError(
                 "under DeepSpeed the groups stay as they are, since its fp32 weights lie in their order. Write 'inherit'.",
@@ -403,7 +417,8 @@ class DeepSpeed(Plain):
             members[group_of.get(index, index)] += tensors
         return [{**group, "params": tensors} for group, tensors in zip(self.optimizer.param_groups, members, strict=True)]
 
-    def install(self, optimizer: Optimizer, lr_scheduler: Mapping[str, Any]) -> None:
+    def install(self, optimizer: Optimizer, lr_schedulers: Sequence[Mapping[str, Any]]) -> None:
+        [lr_scheduler] = lr_schedulers
         engine, strategy = self.strategy.model, self.strategy
         old = engine.optimizer
         masters = [master.detach().clone() for master in _master_weights(old)]

@@ -21,9 +21,10 @@ from lightning_adaptive import phases, settings, strategies
 from lightning_adaptive.durations import Clock, Duration, DurationLike
 from lightning_adaptive.errors import CheckpointError, ConfigError, ConfigTypeError
 from lightning_adaptive.handover import Handover
+from lightning_adaptive.lr_schedulers import ScheduleLR, SchedulerConfig, SchedulerFactory, check_factory, describe_schedule
 from lightning_adaptive.param_groups import Group, Inherit, ParamGroups, Partition, extend, members, named_tensors, record
-from lightning_adaptive.phases import OptimizerFactory, Phase, SchedulerConfig, SchedulerFactory
-from lightning_adaptive.schedules import Schedule
+from lightning_adaptive.phases import OptimizerFactory, Phase
+from lightning_adaptive.schedules import Continue, Plateau, Schedule
 from lightning_adaptive.settings import Settings
 
 _POLICIES = ("error", "config", "checkpoint")
@@ -39,6 +40,7 @@ class SwitchState:
     Args:
         phase: index of the running phase; 0 is the one that the module configured.
         first_step: 0-based global step at which it began.
+        schedule_step: the same of its schedule, which began earlier where a switch continues it.
         optimizer: class name of its optimizer, for messages; nothing is imported by it.
         partition: its parameter groups by name.
         shapes: shape of each whole parameter of the groups.
@@ -47,6 +49,7 @@ class SwitchState:
 
     phase: int = 0
     first_step: int = 0
+    schedule_step: int = 0
     optimizer: str = ""
     partition: Partition = ()
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -62,6 +65,7 @@ class SwitchState:
             "version": STATE_VERSION,
             "phase": self.phase,
             "first_step": self.first_step,
+            "schedule_step": self.schedule_step,
             "optimizer": self.optimizer,
             "partition": groups,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
@@ -81,7 +85,7 @@ class SwitchState:
                 f"the checkpoint holds the switch's state in version {version!r}, this package reads version {STATE_VERSION}."
             )
         try:
-            phase, first_step = int(state["phase"]), int(state["first_step"])
+            phase, first_step, schedule_step = (int(state[name]) for name in ("phase", "first_step", "schedule_step"))
             partition = tuple(
                 Group(
                     parameters=tuple(str(name) for name in group["parameters"]),
@@ -95,9 +99,12 @@ class SwitchState:
             settings = {str(key): value for key, value in state["settings"].items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the switch's state in the checkpoint is damaged: {error!r}.") from error
-        if phase < 0 or first_step < 0:
-            raise CheckpointError(f"the switch's state in the checkpoint is damaged: phase {phase}, first step {first_step}.")
-        return cls(phase, first_step, str(state.get("optimizer", "")), partition, shapes, settings)
+        if phase < 0 or not 0 <= schedule_step <= first_step:
+            raise CheckpointError(
+                f"the switch's state in the checkpoint is damaged: phase {phase}, first step {first_step}, of its schedule "
+                f"{schedule_step}."
+            )
+        return cls(phase, first_step, schedule_step, str(state.get("optimizer", "")), partition, shapes, settings)
 
 
 class PlannedPhase(NamedTuple):
@@ -122,7 +129,9 @@ class OptimizerSwitchCallback(Callback):
             default holds.
         when: not available yet; ``None``.
         scheduler: the next schedule; ``None`` is constant. A `Schedule`, a factory of a torch scheduler (stepped once an
-            epoch, as in Lightning), or Lightning's dictionary around either.
+            epoch, as in Lightning; at each step, where one of its options is a duration, ``T_max="100%"``), or Lightning's
+            dictionary around either. ``"continue"`` lets the running schedule go on, with its own clock and first step, on the
+            next optimizer's base values.
         param_groups: ``"inherit"`` keeps the running groups: their names, members, ratios of learning rates and zero decays.
             ``ParamGroups(...)`` makes groups of all trainable parameters by rules, and without rules one.
         handover: what crosses the switch. ``"own"``: nothing; the next phase starts with its own learning rate.
@@ -196,10 +205,9 @@ class OptimizerSwitchCallback(Callback):
         if optimizer is None:
             raise ConfigError("a switch needs the factory of its next optimizer, for example partial(SGD, lr=0.1).", "optimizer")
         self.at = Duration.parse(at, key="at")
-        phases.check_factory(optimizer, Optimizer, "optimizer")
+        check_factory(optimizer, Optimizer, "optimizer")
         self.optimizer = optimizer
-        self.scheduler = _default_if_empty(scheduler, None)
-        _refuse("scheduler", scheduler == "continue", False, shown="'continue'")
+        self.scheduler = Continue() if scheduler == "continue" else _default_if_empty(scheduler, None)
         if self.then is not None and (self.then.optimizer_index != 0 or self.then.on_resume != "error"):
             raise ConfigError("optimizer_index and on_resume are given to the first switch, and hold for those after it.", "then")
         self.param_groups = _param_groups(_default_if_empty(param_groups, "inherit"))
@@ -260,7 +268,7 @@ class OptimizerSwitchCallback(Callback):
         self._tensors = {**named_tensors(placement.groups, partition), **strategies.parameters(pl_module)}
         self._trainer_clip_val = trainer.gradient_clip_val
         scheduler = placement.lr_scheduler.scheduler if placement.lr_scheduler else None
-        first_schedule = {"scheduler": phases.describe_schedule(scheduler)}
+        first_schedule = {"scheduler": describe_schedule(scheduler)}
         first_groups = settings.of_groups(placement.optimizer, "param_groups")
         self._first = {**settings.of_optimizer(placement.optimizer, "optimizer"), **first_groups, **first_schedule}
         self._options = _options(placement.optimizer)
@@ -335,13 +343,16 @@ class OptimizerSwitchCallback(Callback):
         """
         partition, previous = self._state.partition, self._state.first_step
         clock, placement = _clock(trainer), strategies.placement(trainer, self.optimizer_index)
+        running, begun = placement.lr_scheduler and placement.lr_scheduler.scheduler, self._state.schedule_step
         for index, switch in enumerate(self.chain[self.phase :], start=self.phase):
             try:
                 moment = switch._moment(clock, previous, is_first=index == 0)
                 partition = switch._partition(partition, trainer)
                 phase_clock = replace(clock, first_step=moment)
-                phase = phases.build(switch.optimizer, switch.scheduler, partition, self._tensors, phase_clock)
-                placement.check_next(phase.optimizer, switch.gradient_clip_val)
+                schedule, begun = switch._schedule(running, begun, moment)
+                phase = phases.build(switch.optimizer, schedule, partition, self._tensors, phase_clock, moment - begun)
+                running = phase.lr_scheduler
+                placement.check_next(phase.optimizer, phase.lr_schedulers, switch.gradient_clip_val)
                 partition = switch._reached(partition, phase.optimizer, trainer)
             except ConfigError as error:
                 raise error.within(_key(index)) from None
@@ -359,6 +370,24 @@ class OptimizerSwitchCallback(Callback):
                 f"{self.at} is step {step}, but training ends after {clock.total_steps} steps. Choose an earlier moment.", "at"
             )
         return step
+
+    def _schedule(self, running: Any, begun: int, step: int) -> tuple[Any, int]:
+        """The schedule of the phase that begins at a step, and its first step.
+
+        Args:
+            running: the scheduler of the phase before it.
+            begun: first step of that one's schedule.
+            step: the moment of the switch.
+        """
+        if not isinstance(self.scheduler, Continue):
+            return self.scheduler, step
+        if not isinstance(running, ScheduleLR) or isinstance(running.schedule, Plateau):
+            raise ConfigError(
+                f"'continue' needs a running schedule that is a function of the step, and {describe_schedule(running)} is not one. "
+                "Give the phase before it a schedule of lightning_adaptive, or the switch one of its own.",
+                "scheduler",
+            )
+        return running.schedule, begun
 
     def _partition(self, running: Partition, trainer: Trainer) -> Partition:
         if isinstance(self.param_groups, Inherit):
@@ -429,8 +458,12 @@ class OptimizerSwitchCallback(Callback):
         self._moments = self._moments[1:]
         self._scale = strategies.loss_scale(trainer)
         fate = "freed" if old() is None else "still held elsewhere"
-        schedule = phases.describe_schedule(phase.lr_scheduler["scheduler"])
-        facts = [schedule, f"momentum {switch.handover.momentum}", f"{fate} {format_bytes(freed)}", *phase.notes]
+        facts = [
+            describe_schedule(phase.lr_scheduler),
+            f"momentum {switch.handover.momentum}",
+            f"{fate} {format_bytes(freed)}",
+            *phase.notes,
+        ]
         self._announce(
             trainer,
             f"SWITCH at step {state.first_step} (epoch {trainer.current_epoch}): {before} -> {after}, "
@@ -439,20 +472,29 @@ class OptimizerSwitchCallback(Callback):
 
     def _build_next(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Phase, SwitchState]:
         switch, step = self.chain[self.phase], trainer.global_step
-        running = record(strategies.placement(trainer, self.optimizer_index).groups, strategies.parameter_names(pl_module))
+        placement = strategies.placement(trainer, self.optimizer_index)
+        running = record(placement.groups, strategies.parameter_names(pl_module))
         partition = switch._partition(extend(self._state.partition, running), trainer)
-        clock = _clock(trainer, first_step=step)
-        phase = phases.build(switch.optimizer, switch.scheduler, partition, self._tensors, clock)
-        partition = switch._reached(partition, phase.optimizer, trainer)
-        name = type(phase.optimizer).__name__
-        return phase, replace(self._state, phase=self.phase + 1, first_step=step, optimizer=name, partition=partition)
+        scheduler = placement.lr_scheduler and placement.lr_scheduler.scheduler
+        schedule, begun = switch._schedule(scheduler, self._state.schedule_step, step)
+        phase = phases.build(switch.optimizer, schedule, partition, self._tensors, _clock(trainer, step), step - begun)
+        state = SwitchState(
+            phase=self.phase + 1,
+            first_step=step,
+            schedule_step=begun,
+            optimizer=type(phase.optimizer).__name__,
+            partition=switch._reached(partition, phase.optimizer, trainer),
+            shapes=self._state.shapes,
+            settings=self._state.settings,
+        )
+        return phase, state
 
     def _exchange(self, trainer: Trainer, phase: Phase, state: SwitchState) -> None:
         """Puts optimizer, schedule, state and clipping in place, all or nothing."""
         placement = strategies.placement(trainer, self.optimizer_index)
         before = self._state, trainer.gradient_clip_val
         try:
-            placement.install(phase.optimizer, phase.lr_scheduler)
+            placement.install(phase.optimizer, phase.lr_schedulers)
             self._state = state
             trainer.gradient_clip_val = self._clip_val()
             assert placement.stepping is phase.optimizer
@@ -532,6 +574,7 @@ class OptimizerSwitchCallback(Callback):
         """Obeys `on_resume` for what this run is configured with otherwise than the checkpoint's; a seed is only said."""
         if not changes:
             return
+        self._refuse_other_scheduler(trainer, changes)
         listed = settings.listed(changes)
         if self.on_resume == "error" and any(change.key != "seed" for change in changes):
             raise CheckpointError(
@@ -547,6 +590,22 @@ class OptimizerSwitchCallback(Callback):
         if self.on_resume == "config":
             self._state = replace(self._state, partition=self._configured or self._state.partition)
             _impose_options(strategies.placement(trainer, self.optimizer_index), self._options)
+
+    def _refuse_other_scheduler(self, trainer: Trainer, changes: list[settings.Change]) -> None:
+        """Refuses another scheduler of torch than that of the checkpoint, whose state and options it has taken over by now."""
+        placed = strategies.placement(trainer, self.optimizer_index).lr_scheduler
+        if placed is None or isinstance(placed.scheduler, ScheduleLR):
+            return
+        key = f"{_key(self.phase - 1)}.scheduler" if self.phase else "scheduler"
+        change = next((change for change in changes if change.key == key), None)
+        if change is None:
+            return
+        same_class = str(change.saved).partition(",")[0] == str(change.now).partition(",")[0]
+        if self.on_resume == "config" or not same_class:
+            raise CheckpointError(
+                f"{change}, and a scheduler of torch takes its options back from the checkpoint. Resume with the one of the run "
+                "that wrote it, or let a switch lead to the other."
+            )
 
     def _restore_phase(self, trainer: Trainer, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Builds and installs the phase that a checkpoint, or an earlier fit of this trainer, had reached."""
@@ -569,7 +628,8 @@ class OptimizerSwitchCallback(Callback):
             self._configured = partition if members(partition) == members(state.partition) else None
             # Rules that regroup would put the saved state onto other parameters; the options come back with that state.
             built_for = state.partition if self._configured is None else partition
-            phase = phases.build(switch.optimizer, switch.scheduler, built_for, self._tensors, clock)
+            since = state.first_step - state.schedule_step
+            phase = phases.build(switch.optimizer, self._restored_schedule(trainer), built_for, self._tensors, clock, since)
         except ConfigError as error:
             raise error.within(_key(state.phase - 1)) from None
         if self._configured is not None:
@@ -585,6 +645,22 @@ class OptimizerSwitchCallback(Callback):
         self._refuse_other_parameters(recorded, recorded, state)
         self._options = _options(phase.optimizer)
         self._exchange(trainer, phase, self._state)
+
+    def _restored_schedule(self, trainer: Trainer) -> Any:
+        """The schedule of the phase that is restored: its own, or that of the phase which it continues, at the end the module's."""
+        chain = self.chain[: self.phase]
+        own = [index for index, switch in enumerate(chain) if not isinstance(switch.scheduler, Continue)]
+        if own and own[-1] == self.phase - 1:
+            return chain[-1].scheduler
+        if own:
+            earlier = chain[own[-1]]
+            partition = earlier._partition(self._state.partition, trainer)
+            clock = _clock(trainer, self._state.schedule_step)
+            running: Any = phases.build(earlier.optimizer, earlier.scheduler, partition, self._tensors, clock).lr_scheduler
+        else:
+            placed = strategies.placement(trainer, self.optimizer_index).lr_scheduler
+            running = placed and placed.scheduler
+        return chain[-1]._schedule(running, self._state.schedule_step, self._state.first_step)[0]
 
     def _clip_val(self) -> float | None:
         values = [switch.gradient_clip_val for switch in self.chain[: self.phase] if switch.gradient_clip_val != "keep"]
@@ -643,7 +719,7 @@ def _impose_options(placement: strategies.Plain, options: list[dict[str, Any]]) 
         group["lr"] = group.get("initial_lr", group["lr"]) * factor
     if config is None:
         return
-    if isinstance(config.scheduler, phases.ScheduleLR):
+    if isinstance(config.scheduler, ScheduleLR):
         config.scheduler.refresh()
     else:
         config.scheduler.base_lrs = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]

@@ -10,9 +10,10 @@ import torch
 from torch.optim import LBFGS, SGD, Adam, AdamW
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 
-from lightning_adaptive import Clock, ConfigError, Cosine, OneCycle, settings
+from lightning_adaptive import Clock, ConfigError, Cosine, settings
+from lightning_adaptive.lr_schedulers import ScheduleLR, check_factory
 from lightning_adaptive.param_groups import Group
-from lightning_adaptive.phases import ScheduleLR, build, check_factory, state_bytes
+from lightning_adaptive.phases import build, state_bytes
 
 CLOCK = Clock(steps_per_epoch=10, total_steps=100)
 TENSORS = {name: torch.nn.Parameter(torch.ones(4)) for name in ("a", "b", "c")}
@@ -44,13 +45,13 @@ def test_imposes_names_ratios_and_zero_decays() -> None:
         (Cosine(), {"interval": "step", "name": "lr"}),
         (partial(StepLR, step_size=3), {"interval": "epoch", "name": "lr"}),
         ({"scheduler": partial(StepLR, step_size=3), "interval": "step", "name": "mine"}, {"interval": "step", "name": "mine"}),
-        ({"scheduler": Cosine(), "frequency": 2}, {"interval": "step", "frequency": 2}),
+        (partial(StepLR, step_size="10%"), {"interval": "step", "frequency": 1}),
         ({"scheduler": ReduceLROnPlateau, "monitor": "val/loss"}, {"monitor": "val/loss", "reduce_on_plateau": True}),
     ],
 )
 def test_wraps_the_scheduler_as_lightning_wants_it(scheduler: Any, expected: dict[str, Any]) -> None:
     phase = build(partial(SGD, lr=0.1), scheduler, ONE, TENSORS, CLOCK)
-    assert {key: phase.lr_scheduler[key] for key in expected} == expected
+    assert {key: phase.lr_schedulers[0][key] for key in expected} == expected
     assert phase.configuration()["lr_scheduler"]["scheduler"].optimizer is phase.optimizer
 
 
@@ -179,7 +180,7 @@ def test_counts_the_bytes_of_an_optimizers_state() -> None:
 def test_an_untuned_warm_up_takes_its_length_from_the_optimizer() -> None:
     clock = Clock(steps_per_epoch=10, total_steps=500)
     phase = build(partial(Adam, lr=0.1, betas=(0.9, 0.98)), Cosine(warmup="untuned"), ONE, TENSORS, clock)
-    scheduler = phase.lr_scheduler["scheduler"]
+    scheduler = phase.lr_scheduler
     assert str(scheduler.schedule) == "cosine, warmup 100st"  # 2 / (1 - 0.98)
     assert scheduler.lrs_at(0) == [pytest.approx(0.1 / 100)]
     assert scheduler.lrs_at(99) == [pytest.approx(0.1)]
@@ -189,12 +190,6 @@ def test_an_untuned_warm_up_takes_its_length_from_the_optimizer() -> None:
         "scheduler.warmup: 'untuned' is 2 / (1 - beta2) steps and needs an optimizer with beta2, such as Adam. "
         "Choose one, or write a duration."
     )
-
-
-def test_a_schedule_of_another_option_is_refused_and_not_left_out_in_silence() -> None:
-    with pytest.raises(ConfigError) as caught:
-        build(partial(SGD, lr=0.1, momentum=0.95), OneCycle(momentum_low=0.9), ONE, TENSORS, CLOCK)
-    assert str(caught.value) == "scheduler: a schedule of momentum is not available yet, only one of the learning rate."
 
 
 def test_a_factory_of_lightning_cli_is_the_class_that_it_makes() -> None:

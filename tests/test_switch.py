@@ -429,7 +429,6 @@ def test_a_loader_without_length_counts_in_steps() -> None:
         ),
         ({"on_resume": "both"}, ValueError, "on_resume: 'both' is no policy. Write 'error', 'config', 'checkpoint'."),
         ({"dry_run": True}, ValueError, "dry_run: True is not available yet."),
-        ({"scheduler": "continue"}, ValueError, "scheduler: 'continue' is not available yet."),
         (
             {"handover": "smooth"},
             ValueError,
