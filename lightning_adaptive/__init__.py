@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from lightning_adaptive.param_groups import LayerDecay as LayerDecay
     from lightning_adaptive.param_groups import MupLike as MupLike
     from lightning_adaptive.param_groups import ParamGroups as ParamGroups
+    from lightning_adaptive.plan import Plan as Plan
+    from lightning_adaptive.plan import preview as preview
     from lightning_adaptive.rules import Rule as Rule
     from lightning_adaptive.schedules import Constant as Constant
     from lightning_adaptive.schedules import Continue as Continue
@@ -69,6 +71,7 @@ _HOMES = {
     "ParamGroups": "param_groups",
     "PerOption": "schedules",
     "Piecewise": "schedules",
+    "Plan": "plan",
     "Plateau": "schedules",
     "Polynomial": "curves",
     "REX": "curves",
@@ -78,6 +81,7 @@ _HOMES = {
     "WarmupStableDecay": "curves",
     "attach": "hooks",
     "configure_optimizers": "hooks",
+    "preview": "plan",
 }
 
 __all__ = list(_HOMES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -82,6 +84,29 @@ def build(
 def state_bytes(optimizer: Optimizer) -> int:
     """Bytes of the tensors in the optimizer's state on this process."""
     return sum(value.numel() * value.element_size() for state in optimizer.state.values() for value in _tensors(state))
+
+
+def planned_state_bytes(optimizer: Optimizer) -> int | None:
+    """Bytes that the optimizer's state will have, of whole parameters on one process; ``None`` where only a real step can say.
+
+    A copy of it takes a step on parameters that have a shape and no memory; where its step reads values, on small ones that have.
+    """
+    tensors = [tensor for group in optimizer.param_groups for tensor in group["params"] if not is_lazy(tensor)]
+    small = sum(tensor.numel() for tensor in tensors) <= 1_000_000
+    for device in ("meta", "cpu") if small else ("meta",):
+        try:
+            copied = copy.deepcopy(optimizer, {id(tensor): _twin(tensor, device) for tensor in tensors})
+            copied.step()
+        except Exception:  # noqa: BLE001, S112 - other people's optimizers may raise anything; a plan does without this number
+            continue
+        return state_bytes(copied)
+    return None
+
+
+def _twin(tensor: Tensor, device: str) -> torch.nn.Parameter:
+    twin = torch.nn.Parameter(torch.zeros_like(tensor, device=device))
+    twin.grad = torch.zeros_like(twin)
+    return twin
 
 
 def _tensors(state: Any) -> Iterable[Tensor]:

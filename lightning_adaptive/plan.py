@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch.nn.parameter import is_lazy
 
 from lightning_adaptive import strategies
 from lightning_adaptive.lr_schedulers import ScheduleLR, describe_schedule
-from lightning_adaptive.phases import Phase, format_lrs, lrs, partition_of
-from lightning_adaptive.switch import PlannedPhase, find_switch
+from lightning_adaptive.phases import Phase, format_lrs, lrs, partition_of, planned_state_bytes
+from lightning_adaptive.series import Epoch, Series, corners, of_phase
+from lightning_adaptive.switch import PlannedPhase, find_switch, format_bytes
 
 
 @dataclass(frozen=True)
@@ -47,11 +52,14 @@ class PhasePlan:
         first_step: 0-based global step of its first update.
         end_step: the global step that no longer belongs to it; ``None`` when the end of training is unknown.
         reason: why it begins there.
-        lr: learning rates in words, at the first and, where the schedule is closed form, the last step.
+        lr: learning rates in words, and what else is driven: at the first step and, where the schedule is closed form, at the
+            highest between, with its step, and at the last.
         groups: number of parameter groups.
         parameters: number of trainable scalars.
         notes: what was decided while building it.
         table: its parameter groups, where there are several.
+        state_bytes: bytes of the optimizer's state, of whole parameters on one process; of a preview, where they can be told.
+        curves: of a preview, what every driven option of every group will be.
     """
 
     number: int
@@ -65,13 +73,16 @@ class PhasePlan:
     parameters: int
     notes: tuple[str, ...] = ()
     table: tuple[GroupPlan, ...] = ()
+    state_bytes: int | None = None
+    curves: tuple[Series, ...] = ()
 
     def __str__(self) -> str:
         last = "?" if self.end_step is None else str(self.end_step - 1)
         groups = f", {self.groups} groups" if self.groups > 1 else ""
+        state = "" if self.state_bytes is None else f", state {format_bytes(self.state_bytes)}"
         lines = [
-            f"phase {self.number}  {self.optimizer:<10} steps {self.first_step}..{last}  {self.schedule}  lr {self.lr}  "
-            f"{self.parameters:,} parameters{groups}  <- {self.reason}"
+            f"phase {self.number}  {self.optimizer:<10} steps {self.first_step}..{last}  {self.schedule}  {self.lr}  "
+            f"{self.parameters:,} parameters{groups}{state}  <- {self.reason}"
         ]
         return "\n".join([*lines, *(f"         note: {note}" for note in self.notes), *_lines(self.table)])
 
@@ -94,28 +105,119 @@ class Plan:
         total = "an unknown number of" if self.total_steps is None else f"{self.total_steps:,}"
         return "\n".join([f"PLAN  {total} optimizer steps  <- {self.derivation}", *(f"  {phase}" for phase in self.phases)])
 
+    def write_csv(self, path: Path) -> None:
+        """Writes the curves: a row for each step and group, a column for each option, empty where it is not driven.
 
-def plan(trainer: Trainer) -> Plan:
+        Args:
+            path: the file.
+        """
+        options = list(dict.fromkeys(series.option for phase in self.phases for series in phase.curves))
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["step", "phase", "optimizer", "group", *options])
+            for phase in self.phases:
+                by_group: dict[str, dict[str, Series]] = {}
+                for series in phase.curves:
+                    by_group.setdefault(series.group, {})[series.option] = series
+                for group, driven in by_group.items():
+                    columns = [driven[option].values if option in driven else None for option in options]
+                    for index, step in enumerate(driven["lr"].steps):
+                        values = [repr(column[index]) if column is not None else "" for column in columns]
+                        writer.writerow([step, phase.number, phase.optimizer, group, *values])
+
+    def draw(self, path: Path) -> None:
+        """Draws the curves over the optimizer steps, a panel for each option, with each switch marked.
+
+        Args:
+            path: the PNG.
+        """
+        import matplotlib as mpl
+
+        mpl.use("Agg")
+        from matplotlib import pyplot as plt
+
+        options = list(dict.fromkeys(series.option for phase in self.phases for series in phase.curves)) or ["lr"]
+        size = (8, 1 + 3 * len(options))
+        figure, axes = plt.subplots(len(options), 1, sharex=True, squeeze=False, figsize=size, layout="constrained")
+        for axis, option in zip(axes[:, 0], options, strict=True):
+            drawn = [(phase, series) for phase in self.phases for series in phase.curves if series.option == option]
+            colors = {name: f"C{index % 10}" for index, name in enumerate(dict.fromkeys(series.group for _, series in drawn))}
+            for index, (_, series) in enumerate(drawn):
+                first = series.group not in (earlier.group for _, earlier in drawn[:index])
+                label = (series.group or option) if first else None
+                axis.plot(series.steps, series.values, color=colors[series.group], label=label, linewidth=1.4)
+            positive = [value for _, series in drawn for value in series.values if value > 0]
+            wide = option == "lr" and bool(positive) and max(positive) > 20 * min(positive)
+            axis.set(ylabel="learning rate" if option == "lr" else option, yscale="log" if wide else "linear")
+            axis.grid(alpha=0.3)
+            if 1 < len(colors) <= 20:
+                axis.legend(loc="best", fontsize="small")
+            for phase in self.phases[1:]:
+                axis.axvline(phase.first_step, color="0.4", linestyle="--", linewidth=1)
+        for before, after in pairwise(self.phases):
+            words = f"{before.optimizer} → {after.optimizer}"
+            axes[0, 0].text(after.first_step, 1.02, words, transform=axes[0, 0].get_xaxis_transform(), ha="center")
+        axes[-1, 0].set_xlabel("optimizer step")
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+
+
+def preview(trainer: Trainer, model: LightningModule, train_dataloaders: Any = None, datamodule: Any = None) -> Plan:
+    """The plan of ``trainer.fit(model, train_dataloaders, datamodule=datamodule)``, without training a step.
+
+    It is what the run would do: the data are set up as they will be parted among processes, and every phase is built for the
+    module as it is. No process is started, and nothing is written, moved or logged; callbacks are not called. Schedules are shown
+    as they are; a plateau without its reductions.
+
+    Args:
+        trainer: a trainer that is not running, with its `OptimizerSwitchCallback` if there is one.
+        model: the module.
+        train_dataloaders: training data, as of ``trainer.fit``.
+        datamodule: or the data as a whole.
+
+    Raises:
+        ConfigError: for a setting with which the fit would end before its first step.
+    """
+    with strategies.staged(trainer, model, train_dataloaders, datamodule):
+        switch = find_switch(trainer)
+        if switch is None:
+            return plan(trainer, with_curves=True)
+        switch.on_fit_start(trainer, model)
+        try:
+            return plan(trainer, with_curves=True)
+        finally:
+            switch.teardown(trainer, model, "fit")
+
+
+def plan(trainer: Trainer, with_curves: bool = False) -> Plan:
     """The plan of a trainer whose training is about to start, as seen from ``on_train_start``.
+
+    Args:
+        trainer: the trainer.
+        with_curves: whether the plan has curves and the size of the optimizers' state. To draw a scheduler of torch it is stepped,
+            so this is for a preview alone.
 
     Raises:
         ConfigError: for a later phase that cannot be built.
     """
     clock = strategies.clock(trainer)
     switch = find_switch(trainer)
-    scheduler = trainer.lr_scheduler_configs[0].scheduler if trainer.lr_scheduler_configs else None
+    configs = trainer.lr_scheduler_configs
+    around = [vars(config) for config in configs] or [{"scheduler": None}]
     planned = [
         PlannedPhase(
             switch.first_step if switch else 0,
             f"resumed at step {trainer.global_step}" if trainer.global_step else "configure_optimizers",
-            Phase(strategies.running_optimizer(trainer), [{"scheduler": scheduler}]),
+            Phase(strategies.running_optimizer(trainer), around),
         ),
         *(switch.planned(trainer) if switch else ()),
     ]
     ends = [*(later.first_step for later in planned[1:]), clock.total_steps]
     numbers = range(switch.phase + 1 if switch else 1, len(planned) + 2)
     shapes = strategies.full_shapes(trainer)
-    phases = tuple(_phase_plan(number, begun, end, shapes) for number, begun, end in zip(numbers, planned, ends, strict=False))
+    epoch = Epoch(clock.steps_per_epoch, trainer.num_training_batches, trainer.accumulate_grad_batches) if with_curves else None
+    places = zip(numbers, planned, ends, strict=False)
+    phases = tuple(_phase_plan(number, begun, end, shapes, epoch) for number, begun, end in places)
     return Plan(clock.total_steps, _derivation(trainer, clock.steps_per_epoch), phases)
 
 
@@ -134,7 +236,9 @@ def _derivation(trainer: Trainer, steps_per_epoch: int | None) -> str:
     return ", ".join(parts) or "no limit"
 
 
-def _phase_plan(number: int, planned: PlannedPhase, end_step: int | None, shapes: Mapping[str, tuple[int, ...]]) -> PhasePlan:
+def _phase_plan(
+    number: int, planned: PlannedPhase, end_step: int | None, shapes: Mapping[str, tuple[int, ...]], epoch: Epoch | None
+) -> PhasePlan:
     first_step, reason, phase = planned
     groups = phase.optimizer.param_groups
     table = tuple(_group_plans(phase, shapes, "inherited" if reason.startswith("at=") else "configure_optimizers"))
@@ -145,11 +249,13 @@ def _phase_plan(number: int, planned: PlannedPhase, end_step: int | None, shapes
         first_step=first_step,
         end_step=end_step,
         reason=reason,
-        lr=_curve(phase, None if end_step is None else end_step - first_step - 1),
+        lr=_curve(phase, first_step, None if end_step is None else end_step - first_step - 1),
         groups=len(groups),
         parameters=sum(group.parameters for group in table),
         notes=phase.notes,
         table=table if len(table) > 1 else (),
+        state_bytes=planned_state_bytes(phase.optimizer) if epoch else None,
+        curves=of_phase(phase, first_step, end_step, epoch) if epoch and end_step is not None else (),
     )
 
 
@@ -184,10 +290,21 @@ def _lines(table: tuple[GroupPlan, ...]) -> list[str]:
     ]
 
 
-def _curve(phase: Phase, last: int | None) -> str:
-    """Learning rates in words: now, or where the schedule is closed form, at the phase's first and last step."""
+def _curve(phase: Phase, first: int, last: int | None) -> str:
+    """In words, the learning rates and what else is driven: now, or where the schedule is closed form, at its corners."""
     scheduler = phase.lr_scheduler
     if not isinstance(scheduler, ScheduleLR):
-        return format_lrs(lrs(phase.optimizer))
-    corners = [0] if last is None else [0, last]
-    return " -> ".join(format_lrs(float(lr) for lr in scheduler.lrs_at(step)) for step in corners)
+        return f"lr {format_lrs(lrs(phase.optimizer))}"
+    options = dict.fromkeys(option for group in scheduler.values_at(0) for option in group)
+    words = []
+    for option in options:
+
+        def highest(step: int, option: str = option) -> float:
+            return max(group[option] for group in scheduler.values_at(step) if option in group)
+
+        steps = [0] if last is None else corners(highest, last)
+        values = [format_lrs(group[option] for group in scheduler.values_at(step) if option in group) for step in steps]
+        if len(steps) > 2:
+            values[1] += f" (step {first + steps[1]})"
+        words.append(f"{option} {' -> '.join(values)}")
+    return "  ".join(words)

@@ -24,7 +24,9 @@ import torch
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
+from lightning.pytorch.loops.utilities import _parse_loop_limits
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -33,7 +35,10 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
 )
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.call import _call_lightning_datamodule_hook, _call_lightning_module_hook
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
@@ -97,6 +102,11 @@ def clock(trainer: Trainer, first_step: int = 0) -> Clock:
         raise ConfigError(f"{trainer.accumulate_grad_batches} batches make no step. Write at least 1.", _ACCUMULATE)
     trainer.fit_loop.setup_data()
     batches = trainer.num_training_batches
+    if trainer.accumulate_grad_batches > batches > 0:
+        rank_zero_warn(
+            f"{_ACCUMULATE}={trainer.accumulate_grad_batches} is more than the {batches} batches of an epoch, at whose end what is "
+            "left makes a step: an epoch is one step."
+        )
     rest = int(batches % trainer.accumulate_grad_batches) if math.isfinite(batches) else 0
     if rest and trainer.strategy.handles_gradient_accumulation:
         raise ConfigError(
@@ -202,6 +212,66 @@ def _flattened_shapes(module: nn.Module, prefix: str) -> dict[str, tuple[int, ..
     flat = handle.flat_param
     names = (_plain(f"{prefix}.{name}" if prefix else name) for name in flat._fqns)
     return {name: tuple(shape) for name, shape in zip(names, flat._shapes, strict=True)}
+
+
+@contextlib.contextmanager
+def staged(trainer: Trainer, module: LightningModule, train_dataloaders: Any = None, datamodule: Any = None) -> Iterator[None]:
+    """Within it the trainer stands as before the first step of a fit, in this process alone.
+
+    Data and optimizers are set up; no process is started, no model is moved or sharded, nothing is logged, no callback is called,
+    and the random states are afterwards what they were.
+
+    Args:
+        trainer: a trainer that is not running.
+        module: the module that it would fit.
+        train_dataloaders: the training data, in one of the forms that ``trainer.fit`` takes.
+        datamodule: or the data as a whole.
+
+    Raises:
+        ConfigError: for a module whose layers need the devices of ``ModelParallelStrategy`` to be built.
+    """
+    if isinstance(train_dataloaders, LightningDataModule):
+        train_dataloaders, datamodule = None, train_dataloaders
+    strategy: Any = trainer.strategy
+    state = trainer.state.fn, trainer.state.status, trainer.state.stage
+    trainer.state.fn, trainer.state.status, trainer.state.stage = TrainerFn.FITTING, TrainerStatus.RUNNING, RunningStage.TRAINING
+    try:
+        with isolate_rng():
+            _stage(trainer, module, train_dataloaders, datamodule)
+            yield
+    finally:
+        trainer.fit_loop.teardown()
+        strategy.optimizers, strategy.lr_scheduler_configs = [], []
+        trainer.state.fn, trainer.state.status, trainer.state.stage = state
+
+
+def _stage(trainer: Trainer, module: LightningModule, train_dataloaders: Any, datamodule: Any) -> None:
+    """What ``trainer.fit`` does before the first step, in its order, without what needs other processes or devices."""
+    strategy, connector = trainer.strategy, trainer._data_connector
+    connector.attach_data(module, train_dataloaders=train_dataloaders, datamodule=datamodule)
+    loop = trainer.fit_loop
+    loop.min_epochs, loop.max_epochs = _parse_loop_limits(
+        trainer.min_steps, trainer.max_steps, trainer.min_epochs, trainer.max_epochs, trainer
+    )
+    strategy.connect(module)
+    trainer._callback_connector._attach_model_callbacks()
+    if hasattr(strategy, "set_world_ranks"):
+        strategy.set_world_ranks()  # so that the data are parted as they will be
+    connector.prepare_data()
+    if datamodule is not None:
+        _call_lightning_datamodule_hook(trainer, "setup", stage="fit")
+    _call_lightning_module_hook(trainer, "setup", stage="fit")
+    if not isinstance(strategy, ModelParallelStrategy):
+        _call_lightning_module_hook(trainer, "configure_model")
+    elif not any(True for _ in module.parameters()):
+        raise ConfigError(
+            f"{type(module).__name__} builds its layers in configure_model, which needs the devices of this strategy. Preview it "
+            "with another.",
+            "trainer.strategy",
+        )
+    loop.setup_data()
+    optimizers, configs = _init_optimizers_and_lr_schedulers(module)
+    strategy.optimizers, strategy.lr_scheduler_configs = optimizers, configs
 
 
 class Plain:
@@ -391,6 +461,8 @@ class DeepSpeed(Plain):
         from deepspeed.runtime.zero.utils import is_zero_supported_optimizer  # type: ignore[import-untyped]
 
         engine, name = self.strategy.model, type(optimizer).__name__
+        if not hasattr(engine, "zero_use_cpu_optimizer"):
+            return  # in a preview there is no engine to ask
         for_cpu = {"DeepSpeedCPUAdam", "DeepSpeedCPULion"} & {base.__name__ for base in type(optimizer).__mro__}
         if engine.zero_use_cpu_optimizer() and engine.zero_force_ds_cpu_optimizer() and not for_cpu:
             option, allowed = "zero_force_ds_cpu_optimizer: false", "DeepSpeedCPUAdam, as its optimizer lies on the CPU"

@@ -36,7 +36,8 @@ ARROWS: dict[str, set[str]] = {
     "switch": {
         "durations", "errors", "handover", "lr_schedulers", "param_groups", "phases", "schedules", "settings", "strategies",
     },
-    "plan": {"lr_schedulers", "strategies", "phases", "switch"},
+    "series": {"lr_schedulers", "phases"},
+    "plan": {"lr_schedulers", "phases", "series", "strategies", "switch"},
     "report": {"checkpoints", "errors", "lr_schedulers", "phases", "strategies", "switch"},
     "trust": {"errors"},
     "config": {"durations", "errors", "handover", "lr_schedulers", "param_groups", "phases", "schedules", "switch", "trust"},
@@ -55,10 +56,12 @@ ARROWS: dict[str, set[str]] = {
     "app.stop": {"app.interrupt", "strategies"},
     "app.progress": {"phases", "strategies", "switch"},
     "app.show": {"plan", "report"},
+    "app.assemble": {"config", "errors", "hooks"},
     "app.train": {
-        "app.checks", "app.job", "app.interrupt", "app.progress", "app.recipe", "app.resume", "app.show", "app.stop", "app.sweep",
-        "checkpoints", "errors", "config", "strategies", "hooks", "report",
+        "app.assemble", "app.checks", "app.job", "app.interrupt", "app.progress", "app.recipe", "app.resume", "app.show",
+        "app.stop", "app.sweep", "checkpoints", "errors", "strategies", "report",
     },
+    "app.preview": {"app.assemble", "app.checks", "app.interrupt", "app.job", "app.recipe", "app.show", "errors", "plan"},
     "app.cli": {"app.arguments", "app.complete", "app.messages", "errors"},
     "__main__": {"app.cli"},
 }  # fmt: skip
@@ -82,7 +85,8 @@ FOREIGN: dict[str, set[str]] = {
     "exact_resume": {"torch", "lightning"},
     "settings": {"torch"},
     "switch": {"torch", "lightning"},
-    "plan": {"torch", "lightning"},
+    "series": {"torch"},
+    "plan": {"torch", "lightning", "matplotlib"},
     "report": {"torch", "lightning", "matplotlib"},
     "hooks": {"torch", "lightning"},
 }

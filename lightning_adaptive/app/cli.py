@@ -12,6 +12,7 @@ from lightning_adaptive.errors import ConfigError, UserError, did_you_mean
 
 COMMANDS = {
     "train": "train a model: lightning-adaptive train recipe=digits_adam_to_sgd switch.at=3ep",
+    "preview": "the plan of a run and its curves, without training: lightning-adaptive preview recipe=digits_adam_to_sgd",
     "list": "what there is to choose, and where it comes from: lightning-adaptive list optimizers",
 }
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.tree import Tree
 
-from lightning_adaptive.plan import plan
+from lightning_adaptive.plan import Plan, plan
 from lightning_adaptive.report import aligned
 
 
@@ -28,12 +28,16 @@ class ShowPlan(Callback):
         self._folder = folder
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        text = str(plan(trainer))
+        made = plan(trainer)
         if trainer.is_global_zero:
-            (self._folder / "plan.txt").write_text(text + "\n", encoding="utf-8")
-            console = Console(soft_wrap=True, highlight=False)
-            console.print(escape(text))
-            console.print(_tree(f"RUN   {self._folder}", self._config))
+            show_plan(made, self._folder / "plan.txt")
+            Console(soft_wrap=True, highlight=False).print(_tree(f"RUN   {self._folder}", self._config))
+
+
+def show_plan(plan: Plan, file: Path) -> None:
+    """Prints a plan, and keeps it in a file."""
+    file.write_text(f"{plan}\n", encoding="utf-8")
+    Console(soft_wrap=True, highlight=False).print(escape(str(plan)))
 
 
 def show_result(header: Sequence[str], rows: Sequence[Sequence[str]], test: str, folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from hydra_plugins.lightning_adaptive import data_folder
 from lightning_adaptive import checkpoints
 from lightning_adaptive.app import checks, job, recipe, resume
+from lightning_adaptive.app.assemble import assemble
 from lightning_adaptive.app.interrupt import Signals
 from lightning_adaptive.app.sweep import Sweep, claim, overseen
 from lightning_adaptive.errors import ConfigError
@@ -67,45 +67,21 @@ def _metric(result: Path, monitor: str | None) -> float | None:
 
 def _train_in(folder: Path, config: DictConfig, signals: Signals) -> float | None:
     checkpoint, broken = _checkpoint(config, folder)
-    _require("rich", "matplotlib")
-    import lightning.pytorch as pl
-    from lightning.pytorch.callbacks import Checkpoint
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-    from lightning_adaptive import config as build
     from lightning_adaptive import strategies
     from lightning_adaptive.app.progress import progress
     from lightning_adaptive.app.show import ShowPlan
     from lightning_adaptive.app.stop import StopTogether
-    from lightning_adaptive.hooks import attach
     from lightning_adaptive.report import RunReport
 
-    _silence_noise(folder)
-    pl.seed_everything(config.seed, workers=True, verbose=False)
     monitor = config.task.get("monitor")
-    model = attach(
-        build.module(config.task.module, "task.module"),
-        optimizer=config.optimizer,
-        scheduler=config.scheduler,
-        param_groups=config.param_groups,
-    )
-    data = build.datamodule(config.task.data, "task.data")
-    switch = build.switch(config.switch)
     report = RunReport(monitor)
-    callbacks = [
-        *([switch] if switch else []),
-        *build.callbacks(config.callbacks),
-        report,
-        ShowPlan(OmegaConf.to_container(config), folder),
-        StopTogether(signals, folder / "checkpoints"),
-    ]
+    callbacks = [report, ShowPlan(OmegaConf.to_container(config), folder), StopTogether(signals, folder / "checkpoints")]
     if config.trainer.get("enable_progress_bar", True):
         callbacks.append(progress(monitor))
-    options: dict[str, Any] = {"callbacks": callbacks, "logger": build.loggers(config.logger) or False}
-    if not any(isinstance(callback, Checkpoint) for callback in callbacks):
-        options["enable_checkpointing"] = False  # or Lightning adds a callback for checkpoints of its own
-    trainer = build.trainer(config.trainer, **options)
+    trainer, model, data = assemble(config, folder, callbacks)
     if config.resume and checkpoint is not None and trainer.is_global_zero:
         step = int(strategies.read_metadata(checkpoint)["global_step"])
         resume.keep_curves(trainer.loggers, step)
@@ -191,27 +167,3 @@ def _checkpoint(config: DictConfig, folder: Path) -> tuple[Path | None, list[str
     if os.environ.get("LOCAL_RANK", "0") == "0":
         checkpoints.check(path, f"ckpt_path={config.ckpt_path}")
     return path, []
-
-
-def _silence_noise(folder: Path) -> None:
-    """Lines of Lightning's that say nothing about this run."""
-    import logging
-    import warnings
-
-    # The run folder exists before its logger does: Hydra made it.
-    warnings.filterwarnings("ignore", r"Experiment logs directory .* exists and is not empty")
-    # And a run that goes on has checkpoints there.
-    warnings.filterwarnings("ignore", rf"Checkpoint directory {re.escape(str(folder))}/.* exists and is not empty")
-    # Lightning 2.6 asks torch in a way that torch 2.13 no longer likes.
-    warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\).* is deprecated")
-    # Parts of torch warn one another, at every checkpoint of FSDP.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
-
-
-def _require(*packages: str) -> None:
-    import importlib.util
-
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ConfigError(f"the command line needs {', '.join(missing)}: pip install 'lightning-adaptive[recipes]'.")

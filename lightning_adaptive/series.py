@@ -1,0 +1,132 @@
+"""What every driven option of every group will be, step by step, before training."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from lightning_adaptive.lr_schedulers import ScheduleLR
+from lightning_adaptive.phases import Phase
+
+MOST_POINTS = 10_000
+"""Points of a curve; of a longer phase so many, evenly spread, and the last step."""
+
+Values = list[dict[str, float]]
+"""The driven options of each group."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """What one option of one group will be.
+
+    Args:
+        group: the group's name; ``pg1`` and so on where it has none, as `LearningRateMonitor` counts, and empty for a single one.
+        option: ``lr``, or another that is driven; ``momentum`` stands for beta1 where there are betas.
+        steps: 0-based global steps, the phase's first and last among them.
+        values: the value with which each of these steps trains.
+    """
+
+    group: str
+    option: str
+    steps: Sequence[int]
+    values: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What Lightning counts while it steps schedulers.
+
+    Args:
+        steps: optimizer steps of an epoch; ``None`` when the loader has no length.
+        batches: batches of an epoch.
+        accumulated: batches of a step.
+    """
+
+    steps: int | None
+    batches: float
+    accumulated: int
+
+
+def of_phase(phase: Phase, first: int, end: int, epoch: Epoch) -> tuple[Series, ...]:
+    """The curves of a phase.
+
+    A `Schedule` is asked for the steps; a scheduler of torch is stepped as Lightning would step it, and put back afterwards.
+
+    Args:
+        phase: the phase, built for its first step.
+        first: its first step.
+        end: the step that no longer belongs to it.
+        epoch: the counts of the training.
+    """
+    steps = [*range(first, end - 1, max(1, (end - first) // MOST_POINTS)), end - 1]
+    scheduler = phase.lr_scheduler
+    if isinstance(scheduler, ScheduleLR):
+        points = [scheduler.values_at(step - first) for step in steps]
+    else:
+        wanted = set(steps)
+        points = [values for step, values in enumerate(_stepped(phase, range(first, end), epoch), first) if step in wanted]
+    groups = phase.optimizer.param_groups
+    names = [group.get("name", f"pg{index}" if len(groups) > 1 else "") for index, group in enumerate(groups, start=1)]
+    return tuple(
+        Series(name, option, steps, [values[index][option] for values in points])
+        for index, name in enumerate(names)
+        for option in points[0][index]
+        if option == "lr" or isinstance(scheduler, ScheduleLR) or len({values[index][option] for values in points}) > 1
+    )
+
+
+def corners(factor: Callable[[int], float], last: int) -> list[int]:
+    """First step, the highest between, if it is higher than both, and the last.
+
+    >>> corners(lambda step: 1 - abs(step - 3) / 10, 9)
+    [0, 3, 9]
+    """
+    stride = max(1, last // 1000)
+    about = max(range(0, last + 1, stride), key=factor)
+    highest = max(range(max(about - stride, 0), min(about + stride, last) + 1), key=factor)
+    between = [highest] if factor(highest) > max(factor(0), factor(last)) else []
+    return sorted({0, *between, last})
+
+
+def _stepped(phase: Phase, steps: range, epoch: Epoch) -> Iterator[Values]:
+    around = phase.lr_schedulers[0]
+    scheduler, interval, frequency = around["scheduler"], around.get("interval", "epoch"), around.get("frequency", 1)
+    moves = scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau)
+    before = [dict(group) for group in phase.optimizer.param_groups]
+    state = copy.deepcopy(scheduler.state_dict()) if moves else None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch misses the optimizer's steps
+            for step in steps:
+                yield _values(phase.optimizer)
+                if moves and _is_due(step, interval, frequency, epoch):
+                    scheduler.step()
+    finally:
+        for group, kept in zip(phase.optimizer.param_groups, before, strict=True):
+            group.update(kept)
+        if moves:
+            scheduler.load_state_dict(state)
+
+
+def _is_due(step: int, interval: str, frequency: int, epoch: Epoch) -> bool:
+    """Whether Lightning steps a scheduler after a step; it counts batches from each epoch's first, and epochs."""
+    index = step if epoch.steps is None else step % epoch.steps
+    if interval == "step":
+        return min((index + 1) * epoch.accumulated, epoch.batches) % frequency == 0
+    return epoch.steps is not None and index + 1 == epoch.steps and (step // epoch.steps + 1) % frequency == 0
+
+
+def _values(optimizer: Optimizer) -> Values:
+    return [dict(_options(group)) for group in optimizer.param_groups]
+
+
+def _options(group: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    yield "lr", float(group["lr"])
+    if "momentum" in group or "betas" in group:
+        yield "momentum", float(group["momentum"] if "momentum" in group else group["betas"][0])
