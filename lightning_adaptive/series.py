@@ -15,7 +15,7 @@ from lightning_adaptive.lr_schedulers import ScheduleLR
 from lightning_adaptive.phases import Phase
 
 MOST_POINTS = 10_000
-"""Points of a curve; of a longer phase so many, evenly spread, and the last step."""
+"""Points of a curve; of a longer phase about so many, evenly spread, and its last step."""
 
 Values = list[dict[str, float]]
 """The driven options of each group."""

@@ -242,6 +242,8 @@ def staged(trainer: Trainer, module: LightningModule, train_dataloaders: Any = N
     finally:
         trainer.fit_loop.teardown()
         strategy.optimizers, strategy.lr_scheduler_configs = [], []
+        if isinstance(strategy, ModelParallelStrategy):
+            strategy._device_mesh = None
         trainer.state.fn, trainer.state.status, trainer.state.stage = state
 
 
@@ -269,9 +271,28 @@ def _stage(trainer: Trainer, module: LightningModule, train_dataloaders: Any, da
             "with another.",
             "trainer.strategy",
         )
+    else:
+        strategy._device_mesh = _PlannedMesh(strategy)  # type: ignore[assignment]
     loop.setup_data()
     optimizers, configs = _init_optimizers_and_lr_schedulers(module)
     strategy.optimizers, strategy.lr_scheduler_configs = optimizers, configs
+
+
+class _PlannedMesh:
+    """What Lightning asks the devices of ``ModelParallelStrategy`` for when it parts the data, before there are processes."""
+
+    def __init__(self, strategy: ModelParallelStrategy) -> None:
+        size = strategy._data_parallel_size
+        self._size = strategy.num_nodes if size == "auto" else size
+
+    def __getitem__(self, _: str) -> _PlannedMesh:
+        return self
+
+    def size(self) -> int:
+        return self._size
+
+    def get_local_rank(self) -> int:
+        return 0
 
 
 class Plain:
@@ -462,7 +483,7 @@ class DeepSpeed(Plain):
 
         engine, name = self.strategy.model, type(optimizer).__name__
         if not hasattr(engine, "zero_use_cpu_optimizer"):
-            return  # in a preview there is no engine to ask
+            return  # in a preview there is none to ask
         for_cpu = {"DeepSpeedCPUAdam", "DeepSpeedCPULion"} & {base.__name__ for base in type(optimizer).__mro__}
         if engine.zero_use_cpu_optimizer() and engine.zero_force_ds_cpu_optimizer() and not for_cpu:
             option, allowed = "zero_force_ds_cpu_optimizer: false", "DeepSpeedCPUAdam, as its optimizer lies on the CPU"
@@ -478,7 +499,7 @@ class DeepSpeed(Plain):
     @property
     def groups(self) -> list[dict[str, Any]]:
         # The optimizer's own groups hold flat partitions.
-        wrapper = self.strategy.model.optimizer
+        wrapper = getattr(self.strategy.model, "optimizer", None)  # in a preview there is no engine
         lists = ("bit16_groups", "fp16_groups", "bf16_groups")  # of ZeRO-1 and 2, of ZeRO-3, of its bf16 optimizer
         whole = next((getattr(wrapper, name) for name in lists if hasattr(wrapper, name)), None)
         if whole is None:

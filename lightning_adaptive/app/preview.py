@@ -27,6 +27,8 @@ _PAGE = (
 def main() -> None:
     """One plan."""
     given = sys.argv[1:]
+    if {"-m", "--multirun"} & set(given):
+        raise ConfigError("a preview is of one run. Leave -m out.")
     ahead = [] if any(item.startswith("hydra.run.dir=") for item in given) else [FOLDER]
     if not {"-sc", "--shell-completion"} & set(given):
         place = next((index for index, item in enumerate(given) if not item.startswith("-") and "=" in item), len(given))
