@@ -202,8 +202,9 @@ MISTAKES: list[tuple[str, str]] = [
     ("switch.at=", "switch.at: '' is not a duration. Write a number and its unit: 5ep (epochs), 5st (optimizer steps) or 5%."),
     (
         "scheduler=cosin",
-        "scheduler=cosin: scheduler has no 'cosin'. Did you mean 'cosine'? Choices: constant, cosine, cosine_restarts, cyclic, "
-        "exponential, inverse_sqrt, linear, multistep, none, one_cycle, piecewise, polynomial, rex, step, wsd.",
+        "scheduler=cosin: scheduler has no 'cosin'. Did you mean 'cosine'? Choices: constant, continue, cosine, cosine_restarts, "
+        "cyclic, exponential, inverse_sqrt, linear, multistep, none, one_cycle, per_option, piecewise, plateau, polynomial, rex, "
+        "step, wsd.",
     ),
     (
         "hydra/launcher=joblibb",

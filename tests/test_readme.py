@@ -61,13 +61,13 @@ OURS = [words for words in commands() if words[0] == "lightning-adaptive"]
 
 def test_every_command_is_one_that_is_tested_here() -> None:
     assert {words[0] for words in commands()} == {"make", "lightning-adaptive"}
-    assert len(OURS) == 10
+    assert len(OURS) == 11
     assert "lightning-adaptive train ... ckpt_path=RUN/checkpoints/interrupted.ckpt" in README  # tests/test_signals.py runs it
 
 
 def is_quick(words: list[str]) -> bool:
     """Whether a command stands for its kind in the quick tests; the others differ in their values."""
-    return len(words) == 3 or "task=mine" in words or "optimizer=adamw" in words
+    return len(words) == 3 or "task=mine" in words or "optimizer=adamw" in words or words[1] == "preview"
 
 
 @pytest.mark.parametrize(
@@ -85,6 +85,9 @@ def test_a_command_of_the_readme(words: list[str], tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     if words[1] == "list":
         assert len(ended.stdout.splitlines()) == len(list((ROOT / "conf" / "optimizer").glob("*.yaml")))
+        return
+    if words[1] == "preview":
+        assert [len(list(tmp_path.glob(f"previews/*/preview.{kind}"))) for kind in ("png", "csv")] == [1, 1]
         return
     results = list(tmp_path.rglob("result.json"))
     assert len(results) == (4 if "study=moments" in words else 3 if "-m" in words else 1)

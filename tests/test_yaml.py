@@ -32,7 +32,7 @@ COUNTS = {
     "conf/logger": 5,
     "conf/optimizer": 12,
     "conf/param_groups": 6,
-    "conf/scheduler": 15,
+    "conf/scheduler": 18,
     "conf/switch": 3,
     "conf/task": 1,
     "conf/trainer": 9,
@@ -64,7 +64,7 @@ def override_of(path: Path) -> str:
         return f"recipe={name}"
     if group == "help":
         return f"hydra/help={name}"
-    if group == "handover" or name == "inherit":
+    if group == "handover" or name in ("inherit", "continue"):
         return f"{group}@switch.{group}={name}"
     return f"{group}={name}"
 
@@ -240,7 +240,9 @@ AFTER_TWO_OF_TWO_STEPS: dict[str, tuple[list[str], float]] = {
     "multistep": (["milestones=[1st]"], 0.1),
     "none": ([], 1.0),
     "one_cycle": ([], 4e-6),
+    "per_option": (["options.lr.floor=0.5"], 0.5),
     "piecewise": (["pieces.second.floor=0.25"], 0.25),
+    "plateau": (["monitor=train/loss", "patience=0", "threshold=1000.0", "threshold_mode=abs", "interval=step"], 0.1),
     "polynomial": ([], 0.0),
     "rex": ([], 0.0),
     "step": (["every=1st"], 0.01),
@@ -248,16 +250,29 @@ AFTER_TWO_OF_TWO_STEPS: dict[str, tuple[list[str], float]] = {
 }
 """What is changed of each schedule so that two steps show it, and its factor after them."""
 
+SCHEDULES = [name for name in names("scheduler") if name != "continue"]
+"""Those with which a run may begin."""
 
-@pytest.mark.parametrize("name", names("scheduler"))
+
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_a_schedule_drives_a_step(name: str, composed: Any) -> None:
     overrides, factor = AFTER_TWO_OF_TWO_STEPS[name]
-    whole = composed(f"scheduler={name}", *(f"scheduler.{override}" for override in overrides), "optimizer.lr=0.5")
+    whole = composed(
+        "optimizer=adamw", f"scheduler={name}", *(f"scheduler.{override}" for override in overrides), "optimizer.lr=0.5"
+    )
     running = fit(attach(Net(), optimizer=whole.optimizer, scheduler=whole.scheduler), 2)
     assert running.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.5 * factor, rel=1e-12, abs=0)
 
 
-@pytest.mark.parametrize("name", names("scheduler"))
+def test_a_schedule_is_continued_after_a_switch(composed: Any) -> None:
+    whole = composed("scheduler=linear", "scheduler@switch.scheduler=continue", "switch.at=2st", "switch.optimizer.lr=0.2")
+    switch = config.switch(whole.switch)
+    running = fit(attach(Net(), optimizer=whole.optimizer, scheduler=whole.scheduler), 4, switch)
+    assert running.optimizers[0].param_groups[0]["lr"] == 0
+    assert running.lr_scheduler_configs[0].scheduler.lrs_at(0) == [0.1]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_a_schedule_bears_the_shortest_trainings(name: str, composed: Any) -> None:
     """As ``trainer.fast_dev_run=true`` makes them: what is written in percent must not fail by rounding."""
     schedule = config.scheduler(composed(f"scheduler={name}").scheduler)
@@ -306,9 +321,10 @@ def test_pieces_are_chosen_added_and_left_out_by_name(overrides: list[str], word
     assert str(built.scheduler) == f"piecewise, pieces {words}"
 
 
-@pytest.mark.parametrize("name", [name for name in names("scheduler") if name != "none"])
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "none"])
 def test_every_schedule_warms_up(name: str, composed: Any) -> None:
-    whole = composed(f"scheduler={name}", "scheduler.warmup=4st", "optimizer.lr=0.8")
+    more = {"per_option": ["scheduler.options.lr.warmup=4st"], "plateau": ["scheduler.monitor=train/loss", "scheduler.warmup=4st"]}
+    whole = composed("optimizer=adamw", f"scheduler={name}", *more.get(name, ["scheduler.warmup=4st"]), "optimizer.lr=0.8")
     running = fit(attach(Net(), optimizer=whole.optimizer, scheduler=whole.scheduler), 4)
     scheduler: Any = running.lr_scheduler_configs[0].scheduler
     assert [scheduler.factor(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
