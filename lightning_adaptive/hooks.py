@@ -97,4 +97,6 @@ def _configure(module: LightningModule, first_phase: _FirstPhase) -> dict[str, A
         raise error.within("param_groups") from None
     tensors = strategies.parameters(module)
     clock = strategies.clock(module.trainer)
-    return phases.build(first_phase.optimizer, first_phase.scheduler, partition, tensors, clock).configuration()
+    phase = phases.build(first_phase.optimizer, first_phase.scheduler, partition, tensors, clock)
+    strategies.check_optimizer(module.trainer, phase.optimizer)
+    return phase.configuration()

@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from torch.nn.parameter import is_lazy
 
 from lightning_adaptive import strategies
+from lightning_adaptive.combined import class_name
 from lightning_adaptive.phases import Phase, ScheduleLR, describe_schedule, format_lrs, lrs, partition_of
 from lightning_adaptive.switch import PlannedPhase, find_switch
 
@@ -139,7 +140,7 @@ def _phase_plan(number: int, planned: PlannedPhase, end_step: int | None, shapes
     table = tuple(_group_plans(phase, shapes, "inherited" if reason.startswith("at=") else "configure_optimizers"))
     return PhasePlan(
         number=number,
-        optimizer=type(phase.optimizer).__name__,
+        optimizer=class_name(phase.optimizer),
         schedule=describe_schedule(phase.lr_scheduler["scheduler"]),
         first_step=first_step,
         end_step=end_step,

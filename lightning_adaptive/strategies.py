@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import math
 import pickle
 import signal
@@ -40,6 +39,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.optim import SGD, Optimizer
 
 from lightning_adaptive.checkpoints import metadata_file
+from lightning_adaptive.combined import CombinedOptimizer, needs_closure, parts
 from lightning_adaptive.durations import Clock
 from lightning_adaptive.errors import CheckpointError, ConfigError
 from lightning_adaptive.rules import Parameter
@@ -335,7 +335,10 @@ class Sharded(Plain):
     def check_next(self, optimizer: Optimizer, gradient_clip_val: float | Literal["keep"] | None) -> None:
         super().check_next(optimizer, gradient_clip_val)
         _refuse_closure(optimizer, self.strategy)
-        stateless = isinstance(optimizer, SGD) and not any(group["momentum"] for group in optimizer.param_groups)
+        stateless = any(
+            isinstance(part, SGD) and not any(group["momentum"] for group in part.param_groups)
+            for part in parts(optimizer).values()
+        )
         if stateless and not getattr(self.strategy, "_save_distributed_checkpoint", False):
             raise ConfigError(
                 "SGD without momentum keeps no state, and Lightning cannot load a checkpoint of such an optimizer under FSDP. Give "
@@ -351,6 +354,7 @@ class DeepSpeed(Plain):
     """
 
     def check(self) -> None:
+        check_optimizer(self.trainer, self.optimizer)
         windows = self.trainer.accumulate_grad_batches
         if windows > 1:
             rank_zero_warn(
@@ -360,6 +364,7 @@ class DeepSpeed(Plain):
 
     def check_next(self, optimizer: Optimizer, gradient_clip_val: float | Literal["keep"] | None) -> None:
         _refuse_closure(optimizer, self.strategy)
+        check_optimizer(self.trainer, optimizer)
         self._check_class(optimizer)
         if _members(optimizer.param_groups) != _members(self.groups):
             raise ConfigError(
@@ -452,17 +457,25 @@ def _members(groups: list[dict[str, Any]]) -> list[list[int]]:
     return [[id(tensor) for tensor in group["params"]] for group in groups]
 
 
-def needs_closure(optimizer: Optimizer) -> bool:
-    """Whether the optimizer's step evaluates the loss itself, as L-BFGS does."""
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    return closure is not None and closure.default is closure.empty
-
-
 def _refuse_closure(optimizer: Optimizer, strategy: Any) -> None:
     if needs_closure(optimizer):
         raise ConfigError(
             f"{type(optimizer).__name__} needs the whole parameters and a closure, which {type(strategy).__name__} does not give. "
             "Use one process or DDP.",
+            "optimizer",
+        )
+
+
+def check_optimizer(trainer: Trainer, optimizer: Optimizer) -> None:
+    """Refuses an optimizer that the trainer's strategy would break in silence.
+
+    Raises:
+        ConfigError: for several for groups under DeepSpeed.
+    """
+    if isinstance(optimizer, CombinedOptimizer) and isinstance(trainer.strategy, DeepSpeedStrategy):
+        raise ConfigError(
+            "DeepSpeed makes one flat vector of each group, so the optimizers would not see the matrices that they are for. "
+            "Choose one optimizer, or another strategy.",
             "optimizer",
         )
 

@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_adaptive import phases, settings, strategies
+from lightning_adaptive.combined import class_name, parts
 from lightning_adaptive.durations import Clock, Duration, DurationLike
 from lightning_adaptive.errors import CheckpointError, ConfigError, ConfigTypeError
 from lightning_adaptive.handover import Handover
-from lightning_adaptive.param_groups import Group, Inherit, ParamGroups, Partition, extend, members, named_tensors, record
+from lightning_adaptive.param_groups import Group, Inherit, ParamGroups, Partition, extend, members, named_tensors
 from lightning_adaptive.phases import OptimizerFactory, Phase, SchedulerConfig, SchedulerFactory
 from lightning_adaptive.schedules import Schedule
 from lightning_adaptive.settings import Settings
@@ -264,7 +265,7 @@ class OptimizerSwitchCallback(Callback):
         first_groups = settings.of_groups(placement.optimizer, "param_groups")
         self._first = {**settings.of_optimizer(placement.optimizer, "optimizer"), **first_groups, **first_schedule}
         self._options = _options(placement.optimizer)
-        name, shapes = type(placement.optimizer).__name__, strategies.full_shapes(trainer)
+        name, shapes = class_name(placement.optimizer), strategies.full_shapes(trainer)
         if self._state.phase == 0:
             self._state, self._configured = SwitchState(optimizer=name, partition=partition, shapes=shapes), partition
             self._check_fit()
@@ -439,12 +440,13 @@ class OptimizerSwitchCallback(Callback):
 
     def _build_next(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Phase, SwitchState]:
         switch, step = self.chain[self.phase], trainer.global_step
-        running = record(strategies.placement(trainer, self.optimizer_index).groups, strategies.parameter_names(pl_module))
+        placement = strategies.placement(trainer, self.optimizer_index)
+        running = phases.record(placement.optimizer, placement.groups, strategies.parameter_names(pl_module))
         partition = switch._partition(extend(self._state.partition, running), trainer)
         clock = _clock(trainer, first_step=step)
         phase = phases.build(switch.optimizer, switch.scheduler, partition, self._tensors, clock)
         partition = switch._reached(partition, phase.optimizer, trainer)
-        name = type(phase.optimizer).__name__
+        name = class_name(phase.optimizer)
         return phase, replace(self._state, phase=self.phase + 1, first_step=step, optimizer=name, partition=partition)
 
     def _exchange(self, trainer: Trainer, phase: Phase, state: SwitchState) -> None:
@@ -574,7 +576,7 @@ class OptimizerSwitchCallback(Callback):
             raise error.within(_key(state.phase - 1)) from None
         if self._configured is not None:
             self._configured = switch._reached(partition, phase.optimizer, trainer)
-        name = type(phase.optimizer).__name__
+        name = class_name(phase.optimizer)
         if name != state.optimizer:
             raise CheckpointError(
                 f"the checkpoint's phase {state.phase} was stepped by {state.optimizer}, but {_key(state.phase - 1)}.optimizer is "
@@ -691,10 +693,13 @@ def _check_clip_val(value: Any) -> None:
 
 def _lr_rule(handover: Handover, optimizer: Optimizer) -> str:
     """The rule that gave the learning rate, and whether it is the class's default rather than the user's."""
+    defaults = [f"the default of {type(part).__name__}" for part in parts(optimizer).values() if _has_default_lr(part)]
+    return ", ".join([handover.lr, *dict.fromkeys(defaults)])
+
+
+def _has_default_lr(optimizer: Optimizer) -> bool:
     default = inspect.signature(type(optimizer)).parameters.get("lr")
-    base = optimizer.param_groups[0].get("initial_lr")
-    is_default = default is not None and base == default.default
-    return f"{handover.lr}, the default of {type(optimizer).__name__}" if is_default else handover.lr
+    return default is not None and optimizer.param_groups[0].get("initial_lr") == default.default
 
 
 def format_bytes(count: int) -> str:
