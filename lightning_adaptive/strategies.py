@@ -331,20 +331,22 @@ class Sharded(Plain):
                 "a switch under FSDP needs the module's own parameters. Leave use_orig_params at its default, true.",
                 "trainer.strategy.use_orig_params",
             )
+        check_optimizer(self.trainer, self.optimizer)
 
     def check_next(self, optimizer: Optimizer, gradient_clip_val: float | Literal["keep"] | None) -> None:
         super().check_next(optimizer, gradient_clip_val)
         _refuse_closure(optimizer, self.strategy)
-        stateless = any(
-            isinstance(part, SGD) and not any(group["momentum"] for group in part.param_groups)
-            for part in parts(optimizer).values()
-        )
-        if stateless and not getattr(self.strategy, "_save_distributed_checkpoint", False):
-            raise ConfigError(
-                "SGD without momentum keeps no state, and Lightning cannot load a checkpoint of such an optimizer under FSDP. Give "
-                "it momentum, or use ModelParallelStrategy (FSDP2) with save_distributed_checkpoint=True.",
-                "optimizer.momentum",
-            )
+        check_optimizer(self.trainer, optimizer)
+        several = parts(optimizer)
+        loads = getattr(self.strategy, "_save_distributed_checkpoint", False) and len(several) == 1
+        for key, part in several.items():
+            if isinstance(part, SGD) and not loads and not any(group["momentum"] for group in part.param_groups):
+                way_out = " or use ModelParallelStrategy (FSDP2) with save_distributed_checkpoint=True" if len(several) == 1 else ""
+                raise ConfigError(
+                    "SGD without momentum keeps no state, and Lightning cannot load a checkpoint of such an optimizer under FSDP. "
+                    f"Give it momentum{',' * bool(way_out)}{way_out}.",
+                    ".".join(filter(None, ("optimizer", key, "momentum"))),
+                )
 
 
 class DeepSpeed(Plain):
@@ -467,15 +469,17 @@ def _refuse_closure(optimizer: Optimizer, strategy: Any) -> None:
 
 
 def check_optimizer(trainer: Trainer, optimizer: Optimizer) -> None:
-    """Refuses an optimizer that the trainer's strategy would break in silence.
+    """Refuses an optimizer that the trainer's strategy would break.
 
     Raises:
-        ConfigError: for several for groups under DeepSpeed.
+        ConfigError: for several for groups where groups or parameters become flat vectors.
     """
-    if isinstance(optimizer, CombinedOptimizer) and isinstance(trainer.strategy, DeepSpeedStrategy):
+    flat = {DeepSpeedStrategy: "each group", FSDPStrategy: "parameters of several groups"}
+    what = next((what for base, what in flat.items() if isinstance(trainer.strategy, base)), None)
+    if what is not None and isinstance(optimizer, CombinedOptimizer):
         raise ConfigError(
-            "DeepSpeed makes one flat vector of each group, so the optimizers would not see the matrices that they are for. "
-            "Choose one optimizer, or another strategy.",
+            f"{type(trainer.strategy).__name__} makes one flat vector of {what}, so several optimizers cannot each have their own. "
+            "Choose one optimizer, or DDP or ModelParallelStrategy (FSDP2).",
             "optimizer",
         )
 

@@ -306,12 +306,14 @@ class Ended(Callback):
         self.weights = whole_weights(trainer)
 
 
-def train(folder: Path, strategy: str | None, resumed_from: int | None = None) -> tuple[dict[str, torch.Tensor], list[Any]]:
+def train(
+    folder: Path, strategy: str | None, resumed_from: int | None = None, optimizer: Any = COMBINED
+) -> tuple[dict[str, torch.Tensor], list[Any]]:
     """Six epochs: several optimizers, SGD from the third, several again from the fifth. Saves each epoch unless it was resumed."""
     warnings.simplefilter("ignore")
     seed_everything(1, verbose=False)
-    module = attach(ShardableNet(), optimizer=COMBINED, scheduler=Cosine(), param_groups=RULES)
-    chain = switch(TO_SGD, at="2ep", scheduler=Cosine(), then=switch(COMBINED, at="4ep", scheduler=Cosine()))
+    module = attach(ShardableNet(), optimizer=optimizer, scheduler=Cosine(), param_groups=RULES)
+    chain = switch(TO_SGD, at="2ep", scheduler=Cosine(), then=switch(optimizer, at="4ep", scheduler=Cosine()))
     saver = ModelCheckpoint(folder, filename="epoch{epoch}", auto_insert_metric_name=False, save_top_k=-1)
     saving = [] if resumed_from else [saver]
     options = {"strategy": STRATEGIES[strategy](), "devices": 2} if strategy else {}
@@ -617,13 +619,16 @@ def test_one_within_may_be_left_out() -> None:
 # Every strategy
 
 
-def refused(strategy: str) -> list[str]:
+FLAT = combined(hidden=TO_SGD, default=ADAMW)
+"""Two that flat vectors suit, unlike Muon, which refuses them by itself."""
+
+
+def refused(strategy: str, optimizer: Any, at_start: bool = True) -> list[str]:
+    """What is said of it after a switch, and as the first one."""
     warnings.simplefilter("ignore")
     said = []
-    for module, callbacks in (
-        (ShardableNet(), [switch(COMBINED, RULES)]),
-        (attach(ShardableNet(), optimizer=COMBINED, param_groups=RULES), []),
-    ):
+    runs = [(ShardableNet(), [switch(optimizer, RULES)]), (attach(ShardableNet(), optimizer=optimizer, param_groups=RULES), [])]
+    for module, callbacks in runs[: 1 + at_start]:
         with counted_steps() as counts, pytest.raises(ConfigError) as caught:
             trainer(strategy=STRATEGIES[strategy](), devices=2, max_epochs=2, callbacks=callbacks).fit(module, loader())
         assert not counts
@@ -633,17 +638,45 @@ def refused(strategy: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("strategy", "message"),
+    ("strategy", "fault"),
     [
-        (
-            "deepspeed 1",
-            "DeepSpeed makes one flat vector of each group, so the optimizers would not see the matrices that they are for. Choose "
-            "one optimizer, or another strategy.",
-        ),
+        ("deepspeed 1", "CpuDeepSpeed makes one flat vector of each group"),
+        ("fsdp sharded", "CpuFSDP makes one flat vector of parameters of several groups"),
     ],
 )
-def test_strategies_that_would_break_it_refuse_it(strategy: str, message: str, pair: Pair) -> None:
-    assert pair.run(refused, strategy) == [[f"switch.optimizer: {message}", f"optimizer: {message}"]] * 2
+def test_a_strategy_that_would_break_it_refuses_it(strategy: str, fault: str, pair: Pair) -> None:
+    message = (
+        f"{fault}, so several optimizers cannot each have their own. Choose one optimizer, or DDP or ModelParallelStrategy (FSDP2)."
+    )
+    assert pair.run(refused, strategy, FLAT) == [[f"switch.optimizer: {message}", f"optimizer: {message}"]] * 2
+    if strategy == "deepspeed 1":
+        assert pair.run(refused, strategy, COMBINED) == [[f"switch.optimizer: {message}", f"optimizer: {message}"]] * 2
+
+
+def test_one_without_state_is_refused_where_it_could_not_be_loaded(pair: Pair) -> None:
+    stateless = combined(hidden=partial(SGD, lr=0.1), default=ADAMW)
+    assert (
+        pair.run(refused, "fsdp2 sharded", stateless, False)
+        == [
+            [
+                "switch.optimizer.optimizers.hidden.momentum: SGD without momentum keeps no state, and Lightning cannot load a "
+                "checkpoint of such an optimizer under FSDP. Give it momentum."
+            ]
+        ]
+        * 2
+    )
+
+
+def difference(strategy: str, folder: Path) -> dict[str, torch.Tensor]:
+    return train(folder, strategy, optimizer=FLAT)[0]
+
+
+@pytest.mark.slow
+def test_shards_end_with_the_weights_of_whole_parameters(pair: Pair, tmp_path: Path) -> None:
+    """Not with Muon: where a matrix is cut along its longer side, its iterations in bf16 round sums by parts."""
+    (whole, _), (sharded, _) = (pair.run(difference, name, tmp_path / name) for name in ("ddp", "fsdp2 sharded"))
+    assert all(torch.equal(whole[name], sharded[name]) for name in whole)
+    assert all(not torch.equal(tensor, weights(ShardableNet())[name]) for name, tensor in whole.items())
 
 
 # The command line
@@ -693,11 +726,11 @@ def test_one_value_of_one_optimizer_is_an_override(run: Run) -> None:
 
 
 @pytest.mark.usefixtures("mylab")
-def test_it_is_chosen_for_a_switch_as_others_are(run: Run) -> None:
+def test_it_is_chosen_for_a_switch_as_others_are(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     chosen = ("optimizer@switch.optimizer=muon", "param_groups@switch.param_groups=muon", "switch.at=2st")
     ended = run(*OWN, *chosen, "switch.optimizer.optimizers.default.lr=2e-3")
     assert ended.code == 0, ended.err
-    assert "-> AdamW(default)+Muon(hidden) lr 2.0e-03/2.0e-02 (own), because at=2st was reached; " in ended.out + ended.err
+    assert "-> AdamW(default)+Muon(hidden) lr 2.0e-03/2.0e-02 (own), because at=2st was reached; " in caplog.text
 
 
 @pytest.mark.parametrize(
