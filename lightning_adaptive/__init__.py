@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_adaptive.combined import CombinedOptimizer as CombinedOptimizer
     from lightning_adaptive.curves import REX as REX
     from lightning_adaptive.curves import Cosine as Cosine
     from lightning_adaptive.curves import CosineRestarts as CosineRestarts
@@ -49,6 +50,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "CheckpointError": "errors",
     "Clock": "durations",
+    "CombinedOptimizer": "combined",
     "ConfigError": "errors",
     "Constant": "schedules",
     "Continue": "schedules",

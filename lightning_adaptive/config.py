@@ -28,6 +28,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from hydra_plugins.lightning_adaptive import SWITCH_SLOTS
 from lightning_adaptive import trust
+from lightning_adaptive.combined import CombinedOptimizer, given
 from lightning_adaptive.durations import Duration, is_duration
 from lightning_adaptive.errors import ConfigError, ConfigTypeError, did_you_mean
 from lightning_adaptive.handover import Handover
@@ -225,6 +226,8 @@ def _not_found(target: str, error: Exception) -> str:
 
 def _options(cls: type, node: Node, key: str, nested: tuple[type, ...] = ()) -> dict[str, Any]:
     options = {name: value for name, value in _plain(node, key).items() if name not in _HYDRA_KEYS}
+    if _is(cls, CombinedOptimizer) and "optimizers" in options:
+        options["optimizers"] = _parts(options["optimizers"], key)
     if not nested:
         _nested(options, nested, key)  # a node is refused as one, and not taken for a wrong value
     _check_keys(cls, options, key)
@@ -238,6 +241,19 @@ def _floats(value: Any, parameter: inspect.Parameter | None) -> Any:
     if isinstance(value, list) and isinstance(default, tuple) and all(isinstance(number, float) for number in default):
         return [float(number) if type(number) is int else number for number in value]
     return value
+
+
+def _parts(value: Any, key: str) -> dict[str, OptimizerFactory]:
+    """The factories of a `CombinedOptimizer`, each under its own key."""
+    try:
+        nodes = given(value)
+    except ConfigError as error:
+        raise error.within(key) from None
+    for name, node in nodes.items():
+        if isinstance(node, str):
+            example = "{_target_: torch.optim.AdamW, lr: 3e-4}"
+            raise ConfigTypeError(f"{node!r} is a word where a node belongs, such as {example}.", f"{key}.optimizers.{name}")
+    return {name: optimizer_factory(node, f"{key}.optimizers.{name}") for name, node in nodes.items()}
 
 
 def _nested(value: Any, bases: tuple[type, ...], key: str) -> Any:
@@ -388,6 +404,12 @@ def _plain_partial(value: Any) -> Any:
     """A partial that Hydra's instantiate made, with plain lists: torch keeps a ``ListConfig``, and then no checkpoint loads."""
     if not isinstance(value, functools.partial):
         return value
-    configs = {name: option for name, option in value.keywords.items() if isinstance(option, DictConfig | ListConfig)}
+    configs = {name: option for name, option in value.keywords.items() if isinstance(option, Mapping | ListConfig)}
     # Around it and not anew from its parts, since Hydra's partial checks its target when it is called.
-    return functools.partial(value, **{name: _plain_value(option, name) for name, option in configs.items()}) if configs else value
+    return functools.partial(value, **{name: _plain_option(option, name) for name, option in configs.items()}) if configs else value
+
+
+def _plain_option(option: Any, name: str) -> Any:
+    """Also of partials within a mapping, the optimizers of a `CombinedOptimizer`."""
+    plain = _plain_value(option, name)
+    return {key: _plain_partial(item) for key, item in plain.items()} if _is_mapping(plain) else plain

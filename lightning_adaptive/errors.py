@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(Exception):
@@ -43,6 +44,21 @@ class CheckpointError(UserError, RuntimeError):
     """A checkpoint that is missing, damaged, or does not fit this run."""
 
     exit_code = 3
+
+
+def check_factory(value: Any, base: type, key: str) -> None:
+    """Refuses what is not a factory.
+
+    Raises:
+        ConfigTypeError: for an instance of ``base`` (it holds its own parameters already), and for what cannot be called.
+    """
+    if isinstance(value, base):
+        name = type(value).__name__
+        raise ConfigTypeError(
+            f"a {name} that is already built holds its own parameters. Pass a factory: partial({name}, ...) from functools.", key
+        )
+    if not callable(value):
+        raise ConfigTypeError(f"{value!r} is not a factory. Pass a class, or partial(...) of one.", key)
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:

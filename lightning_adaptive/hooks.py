@@ -12,8 +12,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_adaptive import config, phases, strategies
-from lightning_adaptive.errors import ConfigError
-from lightning_adaptive.lr_schedulers import SchedulerConfig, SchedulerFactory, check_factory
+from lightning_adaptive.errors import ConfigError, check_factory
+from lightning_adaptive.lr_schedulers import SchedulerConfig, SchedulerFactory
 from lightning_adaptive.param_groups import Inherit, ParamGroups
 from lightning_adaptive.phases import OptimizerFactory
 from lightning_adaptive.schedules import Schedule
@@ -98,4 +98,6 @@ def _configure(module: LightningModule, first_phase: _FirstPhase) -> dict[str, A
         raise error.within("param_groups") from None
     tensors = strategies.parameters(module)
     clock = strategies.clock(module.trainer)
-    return phases.build(first_phase.optimizer, first_phase.scheduler, partition, tensors, clock).configuration()
+    phase = phases.build(first_phase.optimizer, first_phase.scheduler, partition, tensors, clock)
+    strategies.check_optimizer(module.trainer, phase.optimizer)
+    return phase.configuration()

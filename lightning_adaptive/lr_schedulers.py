@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from lightning_adaptive.durations import Clock, Duration, is_duration
-from lightning_adaptive.errors import CheckpointError, ConfigError, ConfigTypeError, did_you_mean
+from lightning_adaptive.errors import CheckpointError, ConfigError, ConfigTypeError, check_factory, did_you_mean
 from lightning_adaptive.schedules import Constant, Plateau, Schedule
 
 SchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
@@ -215,21 +215,6 @@ def build_scheduler(
     return [{**defaults, **options, "scheduler": built}]
 
 
-def check_factory(value: Any, base: type, key: str) -> None:
-    """Refuses what is not a factory.
-
-    Raises:
-        ConfigTypeError: for an instance of ``base`` (it holds its own parameters already), and for what cannot be called.
-    """
-    if isinstance(value, base):
-        name = type(value).__name__
-        raise ConfigTypeError(
-            f"a {name} that is already built holds its own parameters. Pass a factory: partial({name}, ...) from functools.", key
-        )
-    if not callable(value):
-        raise ConfigTypeError(f"{value!r} is not a factory. Pass a class, or partial(...) of one.", key)
-
-
 def describe_schedule(scheduler: LRScheduler | ReduceLROnPlateau | None) -> str:
     """A scheduler in words: a `Schedule` with its options, or the class's name."""
     if scheduler is None:
@@ -247,9 +232,9 @@ def _of_schedule(
                 "what it looks at and how often are options of its own.",
                 f"scheduler.{key}",
             )
-    betas = optimizer.param_groups[0].get("betas")
+    betas: Any = next((group["betas"] for group in optimizer.param_groups if "betas" in group), ())
     try:
-        if isinstance(betas, tuple | list) and len(betas) > 1:
+        if len(betas) > 1:
             schedule = schedule.with_untuned_warmup(float(betas[1]))
         driven = ScheduleLR(optimizer, schedule, clock, since)
     except ConfigError as error:

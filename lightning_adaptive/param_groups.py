@@ -28,8 +28,8 @@ class Group:
     Args:
         parameters: names of its parameters in the module, in the optimizer's order.
         name: the group's name; ``None`` for a single unnamed group.
-        lr_ratio: its base learning rate over that of the first group whose base learning rate is above zero; of a group made
-            by a rule, over the optimizer's own.
+        lr_ratio: its base learning rate over that of the first group whose base learning rate is above zero, of those that the
+            same class steps; of a group made by a rule, over the optimizer's own.
         no_decay: whether it is kept free of weight decay while other groups decay.
         lr: the base learning rate that a rule gives it, in place of a ratio.
         options: other options that a rule gives it.
@@ -238,29 +238,32 @@ class Inherit:
         return "Inherit()"
 
 
-def record(groups: Sequence[OptimizerGroup], names: Mapping[int, str]) -> Partition:
+def record(groups: Sequence[OptimizerGroup], names: Mapping[int, str], parts: Sequence[int] = ()) -> Partition:
     """The partition of a running optimizer.
 
     A group without weight decay counts as kept free of it only beside a group that decays: in an optimizer whose groups all
-    have none, the zero says nothing about the groups.
+    have none, the zero says nothing about the groups. Nor do the learning rates of two classes say anything about each other.
 
     Args:
         groups: ``optimizer.param_groups``.
         names: parameter names by ``id``. A tensor that is not among them is named by its place, ``(group 0, tensor 3)``.
+        parts: of each group the one of several optimizers that steps it; none where there is one.
     """
+    parts = parts or [0] * len(groups)
     base_lrs = [_base_lr(group) for group in groups]
-    reference = next((lr for lr in base_lrs if lr is not None and lr > 0), None)
-    decays = any(_decays(group) for group in groups)
+    # From the last to the first, so that the first one stays.
+    reference = {part: lr for part, lr in reversed(list(zip(parts, base_lrs, strict=True))) if lr is not None and lr > 0}
+    decaying = {part for part, group in zip(parts, groups, strict=True) if _decays(group)}
     return tuple(
         Group(
             parameters=tuple(
                 names.get(id(tensor), f"(group {index}, tensor {place})") for place, tensor in enumerate(group["params"])
             ),
             name=group.get("name") or (f"pg{index + 1}" if len(groups) > 1 else None),
-            lr_ratio=1.0 if reference is None or lr is None else lr / reference,
-            no_decay=decays and not _decays(group),
+            lr_ratio=1.0 if part not in reference or lr is None else lr / reference[part],
+            no_decay=part in decaying and not _decays(group),
         )
-        for index, (group, lr) in enumerate(zip(groups, base_lrs, strict=True))
+        for index, (group, lr, part) in enumerate(zip(groups, base_lrs, parts, strict=True))
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,14 +16,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_adaptive import param_groups
+from lightning_adaptive.combined import OptimizerFactory, class_name, part_of_each_group, parts
 from lightning_adaptive.durations import Clock
 from lightning_adaptive.errors import ConfigError, ConfigTypeError
 from lightning_adaptive.lr_schedulers import SchedulerConfig, SchedulerFactory, build_scheduler
 from lightning_adaptive.param_groups import OptimizerGroup, Partition
 from lightning_adaptive.schedules import Schedule
-
-OptimizerFactory = Callable[[Iterable], Optimizer]
-"""Parameters (or group dicts) to optimizer, for example ``functools.partial(torch.optim.SGD, lr=0.1)``."""
 
 
 @dataclass(frozen=True)
@@ -130,21 +128,26 @@ def build_optimizer(
     notes: tuple[str, ...] = ()
     grouped = True
     try:
-        if len(lists) == 1:
+        if len(lists) == 1 and partition[0].name is None:
             optimizer = factory(lists[0])
         else:
+            names = [{} if group.name is None else {"name": group.name} for group in partition]
             try:
-                optimizer = factory([{"params": parameters} for parameters in lists])
+                optimizer = factory([{"params": parameters, **name} for parameters, name in zip(lists, names, strict=True)])
             except ValueError as error:
                 optimizer = _without_groups(factory, lists, error)
                 grouped = False
                 notes = (f"{type(optimizer).__name__} has no parameter groups: {len(lists)} groups became one",)
+    except ConfigError as error:
+        raise error.within("optimizer") from error.__cause__
     except (TypeError, ValueError) as error:
         raise ConfigError(f"cannot be built: {error}", "optimizer") from error
     if not isinstance(optimizer, Optimizer):
         raise ConfigTypeError(f"the factory returned a {type(optimizer).__name__}, not a torch.optim.Optimizer.", "optimizer")
-    if any(group["lr"] is None for group in optimizer.param_groups if "lr" in group):
-        raise ConfigError(f"{type(optimizer).__name__} has no learning rate (lr is None). Give it one.", "optimizer.lr")
+    for key, part in parts(optimizer).items():
+        if any(group["lr"] is None for group in part.param_groups if "lr" in group):
+            name = ".".join(filter(None, ("optimizer", key, "lr")))
+            raise ConfigError(f"{type(part).__name__} has no learning rate (lr is None). Give it one.", name)
     if grouped:
         _impose(optimizer, partition)
     else:
@@ -169,23 +172,29 @@ def inheritable(optimizer: Optimizer, groups: Sequence[OptimizerGroup], names: M
         groups: its groups, with the module's own parameters.
         names: parameter names by ``id``.
     """
-    recorded, built = param_groups.record(groups, names), partition_of(optimizer)
+    recorded, built = record(optimizer, groups, names), partition_of(optimizer)
     return recorded if built is None else param_groups.keep_zero_decays(recorded, built)
 
 
+def record(optimizer: Optimizer, groups: Sequence[OptimizerGroup], names: Mapping[int, str]) -> Partition:
+    """The partition of an optimizer as it is now; arguments as of `inheritable`."""
+    return param_groups.record(groups, names, [id(part) for part in part_of_each_group(optimizer)])
+
+
 def _impose(optimizer: Optimizer, partition: Partition) -> None:
-    name = type(optimizer).__name__
-    if any(group.has_own_lr for group in partition) and any("lr" not in group for group in optimizer.param_groups):
-        raise ConfigError(f"{name} has no learning rate, so groups cannot have their own.", "param_groups")
+    steppers = part_of_each_group(optimizer)
+    for part, group, recorded in zip(steppers, optimizer.param_groups, partition, strict=True):
+        if recorded.has_own_lr and "lr" not in group:
+            raise ConfigError(f"{type(part).__name__} has no learning rate, so groups cannot have their own.", "param_groups")
     try:
         param_groups.impose(optimizer.param_groups, partition)
     except ConfigError as error:
         raise error.within("param_groups") from None
-    known = inspect.signature(type(optimizer)).parameters
-    for group, recorded in zip(optimizer.param_groups, partition, strict=True):
+    for part, group, recorded in zip(steppers, optimizer.param_groups, partition, strict=True):
         if recorded.options:
+            known = inspect.signature(type(part)).parameters
             options = {option: value for option, value in group.items() if option in known and option != "params"}
-            check_options(type(optimizer), options, f"param_groups.{recorded.name or next(iter(recorded.options))}")
+            check_options(type(part), options, f"param_groups.{recorded.name or next(iter(recorded.options))}")
 
 
 def check_options(cls: type[Optimizer], options: Mapping[str, Any], key: str) -> None:
@@ -247,7 +256,7 @@ def describe(optimizer: Optimizer) -> str:
     >>> describe(torch.optim.SGD([torch.zeros(1)], lr=0.1))
     'SGD lr 1.0e-01'
     """
-    return f"{type(optimizer).__name__} lr {format_lrs(lrs(optimizer))}"
+    return f"{class_name(optimizer)} lr {format_lrs(lrs(optimizer))}"
 
 
 def lrs(optimizer: Optimizer) -> list[float]:

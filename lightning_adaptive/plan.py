@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.nn.parameter import is_lazy
 
 from lightning_adaptive import strategies
+from lightning_adaptive.combined import class_name
 from lightning_adaptive.lr_schedulers import ScheduleLR, describe_schedule
 from lightning_adaptive.phases import Phase, format_lrs, lrs, partition_of, planned_state_bytes
 from lightning_adaptive.series import Epoch, Series, corners, of_phase
@@ -244,7 +245,7 @@ def _phase_plan(
     table = tuple(_group_plans(phase, shapes, "inherited" if reason.startswith("at=") else "configure_optimizers"))
     return PhasePlan(
         number=number,
-        optimizer=type(phase.optimizer).__name__,
+        optimizer=class_name(phase.optimizer),
         schedule=describe_schedule(phase.lr_scheduler),
         first_step=first_step,
         end_step=end_step,

@@ -20,6 +20,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_adaptive import checkpoints
+from lightning_adaptive.combined import class_name
 from lightning_adaptive.errors import ConfigError, did_you_mean
 from lightning_adaptive.lr_schedulers import describe_schedule
 from lightning_adaptive.phases import format_lrs, lrs, state_bytes
@@ -139,7 +140,7 @@ class RunReport(Callback):
         config = trainer.lr_scheduler_configs[0] if trainer.lr_scheduler_configs else None
         self._open = PhaseReport(
             number=number,
-            optimizer=type(optimizer).__name__,
+            optimizer=class_name(optimizer),
             schedule=describe_schedule(config.scheduler if config else None),
             first_step=switch.first_step if switch else 0,
         )

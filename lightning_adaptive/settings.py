@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_adaptive.combined import CombinedOptimizer, part_of_each_group, parts
 from lightning_adaptive.schedules import Schedule
 
 Settings = dict[str, Any]
@@ -28,7 +29,10 @@ class Change(NamedTuple):
 
 
 def of_optimizer(optimizer: Optimizer, key: str) -> Settings:
-    """An optimizer's class, and its options where they differ from the class's defaults."""
+    """An optimizer's class, and its options where they differ from the class's defaults; of several for groups each's."""
+    if isinstance(optimizer, CombinedOptimizer):
+        inner = [of_optimizer(part, f"{key}.{rest}") for rest, part in parts(optimizer).items()]
+        return {key: type(optimizer).__name__, **{name: value for settings in inner for name, value in settings.items()}}
     parameters = inspect.signature(type(optimizer)).parameters
     options = {name: _plain(value) for name, value in optimizer.defaults.items()}
     defaults = {name: _plain(parameter.default) for name, parameter in parameters.items()}
@@ -43,8 +47,8 @@ def of_groups(optimizer: Optimizer, key: str) -> Settings:
         return {}
     return {
         f"{key}.{group.get('name', f'pg{index}')}.{name}": _plain(value)
-        for index, group in enumerate(groups, start=1)
-        for name, default in optimizer.defaults.items()
+        for index, (group, part) in enumerate(zip(groups, part_of_each_group(optimizer), strict=True), start=1)
+        for name, default in part.defaults.items()
         if name in group and _plain(value := group.get(f"initial_{name}", group[name])) != _plain(default)
     }
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import math
 import pickle
 import signal
@@ -45,6 +44,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.optim import SGD, Optimizer
 
 from lightning_adaptive.checkpoints import metadata_file
+from lightning_adaptive.combined import CombinedOptimizer, needs_closure, parts
 from lightning_adaptive.durations import Clock
 from lightning_adaptive.errors import CheckpointError, ConfigError
 from lightning_adaptive.rules import Parameter
@@ -426,19 +426,24 @@ class Sharded(Plain):
                 "a switch under FSDP needs the module's own parameters. Leave use_orig_params at its default, true.",
                 "trainer.strategy.use_orig_params",
             )
+        check_optimizer(self.trainer, self.optimizer)
 
     def check_next(
         self, optimizer: Optimizer, lr_schedulers: Sequence[Any], gradient_clip_val: float | Literal["keep"] | None
     ) -> None:
         super().check_next(optimizer, lr_schedulers, gradient_clip_val)
         _refuse_closure(optimizer, self.strategy)
-        stateless = isinstance(optimizer, SGD) and not any(group["momentum"] for group in optimizer.param_groups)
-        if stateless and not getattr(self.strategy, "_save_distributed_checkpoint", False):
-            raise ConfigError(
-                "SGD without momentum keeps no state, and Lightning cannot load a checkpoint of such an optimizer under FSDP. Give "
-                "it momentum, or use ModelParallelStrategy (FSDP2) with save_distributed_checkpoint=True.",
-                "optimizer.momentum",
-            )
+        check_optimizer(self.trainer, optimizer)
+        several = parts(optimizer)
+        loads = getattr(self.strategy, "_save_distributed_checkpoint", False) and len(several) == 1
+        for key, part in several.items():
+            if isinstance(part, SGD) and not loads and not any(group["momentum"] for group in part.param_groups):
+                way_out = " or use ModelParallelStrategy (FSDP2) with save_distributed_checkpoint=True" if len(several) == 1 else ""
+                raise ConfigError(
+                    "SGD without momentum keeps no state, and Lightning cannot load a checkpoint of such an optimizer under FSDP. "
+                    f"Give it momentum{',' * bool(way_out)}{way_out}.",
+                    ".".join(filter(None, ("optimizer", key, "momentum"))),
+                )
 
 
 class DeepSpeed(Plain):
@@ -448,6 +453,7 @@ class DeepSpeed(Plain):
     """
 
     def check(self) -> None:
+        check_optimizer(self.trainer, self.optimizer)
         windows = self.trainer.accumulate_grad_batches
         if windows > 1:
             rank_zero_warn(
@@ -459,6 +465,7 @@ class DeepSpeed(Plain):
         self, optimizer: Optimizer, lr_schedulers: Sequence[Any], gradient_clip_val: float | Literal["keep"] | None
     ) -> None:
         _refuse_closure(optimizer, self.strategy)
+        check_optimizer(self.trainer, optimizer)
         self._check_class(optimizer)
         if len(lr_schedulers) > 1:
             raise ConfigError(
@@ -560,17 +567,27 @@ def _members(groups: list[dict[str, Any]]) -> list[list[int]]:
     return [[id(tensor) for tensor in group["params"]] for group in groups]
 
 
-def needs_closure(optimizer: Optimizer) -> bool:
-    """Whether the optimizer's step evaluates the loss itself, as L-BFGS does."""
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    return closure is not None and closure.default is closure.empty
-
-
 def _refuse_closure(optimizer: Optimizer, strategy: Any) -> None:
     if needs_closure(optimizer):
         raise ConfigError(
             f"{type(optimizer).__name__} needs the whole parameters and a closure, which {type(strategy).__name__} does not give. "
             "Use one process or DDP.",
+            "optimizer",
+        )
+
+
+def check_optimizer(trainer: Trainer, optimizer: Optimizer) -> None:
+    """Refuses an optimizer that the trainer's strategy would break.
+
+    Raises:
+        ConfigError: for several for groups where groups or parameters become flat vectors.
+    """
+    flat = {DeepSpeedStrategy: "each group", FSDPStrategy: "parameters of several groups"}
+    what = next((what for base, what in flat.items() if isinstance(trainer.strategy, base)), None)
+    if what is not None and isinstance(optimizer, CombinedOptimizer):
+        raise ConfigError(
+            f"{type(trainer.strategy).__name__} makes one flat vector of {what}, so several optimizers cannot each have their own. "
+            "Choose one optimizer, or DDP or ModelParallelStrategy (FSDP2).",
             "optimizer",
         )
 

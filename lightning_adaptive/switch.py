@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_adaptive import phases, settings, strategies
+from lightning_adaptive.combined import class_name, parts
 from lightning_adaptive.durations import Clock, Duration, DurationLike
-from lightning_adaptive.errors import CheckpointError, ConfigError, ConfigTypeError
+from lightning_adaptive.errors import CheckpointError, ConfigError, ConfigTypeError, check_factory
 from lightning_adaptive.handover import Handover
-from lightning_adaptive.lr_schedulers import ScheduleLR, SchedulerConfig, SchedulerFactory, check_factory, describe_schedule
-from lightning_adaptive.param_groups import Group, Inherit, ParamGroups, Partition, extend, members, named_tensors, record
+from lightning_adaptive.lr_schedulers import ScheduleLR, SchedulerConfig, SchedulerFactory, describe_schedule
+from lightning_adaptive.param_groups import Group, Inherit, ParamGroups, Partition, extend, members, named_tensors
 from lightning_adaptive.phases import OptimizerFactory, Phase
 from lightning_adaptive.schedules import Continue, Plateau, Schedule
 from lightning_adaptive.settings import Settings
@@ -272,7 +273,7 @@ class OptimizerSwitchCallback(Callback):
         first_groups = settings.of_groups(placement.optimizer, "param_groups")
         self._first = {**settings.of_optimizer(placement.optimizer, "optimizer"), **first_groups, **first_schedule}
         self._options = _options(placement.optimizer)
-        name, shapes = type(placement.optimizer).__name__, strategies.full_shapes(trainer)
+        name, shapes = class_name(placement.optimizer), strategies.full_shapes(trainer)
         if self._state.phase == 0:
             self._state, self._configured = SwitchState(optimizer=name, partition=partition, shapes=shapes), partition
             self._check_fit()
@@ -473,7 +474,7 @@ class OptimizerSwitchCallback(Callback):
     def _build_next(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Phase, SwitchState]:
         switch, step = self.chain[self.phase], trainer.global_step
         placement = strategies.placement(trainer, self.optimizer_index)
-        running = record(placement.groups, strategies.parameter_names(pl_module))
+        running = phases.record(placement.optimizer, placement.groups, strategies.parameter_names(pl_module))
         partition = switch._partition(extend(self._state.partition, running), trainer)
         scheduler = placement.lr_scheduler and placement.lr_scheduler.scheduler
         schedule, begun = switch._schedule(scheduler, self._state.schedule_step, step)
@@ -482,7 +483,7 @@ class OptimizerSwitchCallback(Callback):
             phase=self.phase + 1,
             first_step=step,
             schedule_step=begun,
-            optimizer=type(phase.optimizer).__name__,
+            optimizer=class_name(phase.optimizer),
             partition=switch._reached(partition, phase.optimizer, trainer),
             shapes=self._state.shapes,
             settings=self._state.settings,
@@ -634,7 +635,7 @@ class OptimizerSwitchCallback(Callback):
             raise error.within(_key(state.phase - 1)) from None
         if self._configured is not None:
             self._configured = switch._reached(partition, phase.optimizer, trainer)
-        name = type(phase.optimizer).__name__
+        name = class_name(phase.optimizer)
         if name != state.optimizer:
             raise CheckpointError(
                 f"the checkpoint's phase {state.phase} was stepped by {state.optimizer}, but {_key(state.phase - 1)}.optimizer is "
@@ -767,10 +768,13 @@ def _check_clip_val(value: Any) -> None:
 
 def _lr_rule(handover: Handover, optimizer: Optimizer) -> str:
     """The rule that gave the learning rate, and whether it is the class's default rather than the user's."""
+    defaults = [f"the default of {type(part).__name__}" for part in parts(optimizer).values() if _has_default_lr(part)]
+    return ", ".join([handover.lr, *dict.fromkeys(defaults)])
+
+
+def _has_default_lr(optimizer: Optimizer) -> bool:
     default = inspect.signature(type(optimizer)).parameters.get("lr")
-    base = optimizer.param_groups[0].get("initial_lr")
-    is_default = default is not None and base == default.default
-    return f"{handover.lr}, the default of {type(optimizer).__name__}" if is_default else handover.lr
+    return default is not None and optimizer.param_groups[0].get("initial_lr") == default.default
 
 
 def format_bytes(count: int) -> str:

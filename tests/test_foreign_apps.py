@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 import lightning_adaptive as la
 from lightning_adaptive import config
+from lightning_adaptive.combined import parts
 from lightning_adaptive.errors import ConfigError, ConfigTypeError
 from lightning_adaptive.trust import TRUST_VARIABLE
 from tests.support import ROOT, Net, counted_steps, loader, trainer
@@ -152,14 +153,16 @@ def fit(model: Net, *callbacks: Callback | None, epochs: int = 2, **options: Any
     return dict(counts)
 
 
-def built(factory: Any) -> Optimizer:
-    optimizer: Optimizer = factory([nn.Parameter(torch.zeros(2, 2))])
+def built(factory: Any, *names: str) -> Optimizer:
+    """For a weight, or for one in a group of each name."""
+    groups = [{"params": [nn.Parameter(torch.zeros(2, 2))], "name": name} for name in names]
+    optimizer: Optimizer = factory(groups or [nn.Parameter(torch.zeros(2, 2))])
     return optimizer
 
 
 def kinds(optimizer: Optimizer) -> set[type]:
     """The types of the options that the optimizer keeps."""
-    options = [*optimizer.param_groups, optimizer.defaults]
+    options = [*optimizer.param_groups, *(part.defaults for part in parts(optimizer).values())]
     return {type(value) for group in options for name, value in group.items() if name != "params"}
 
 
@@ -216,7 +219,15 @@ def test_a_module_may_use_our_optimizer_files_without_our_function(composed: Com
 def test_no_file_of_ours_puts_omegaconf_into_an_optimizer(composed: Compose, name: str) -> None:
     cfg = composed(f"optimizer={name}", f"optimizer@switch.optimizer={name}")
     for factory in (instantiate(cfg.optimizer), instantiate(cfg.switch).optimizer):
-        assert kinds(built(factory)) <= {bool, int, float, str, tuple, list, type(None)}
+        assert kinds(built(factory, *(("hidden", "default") if name == "muon" else ()))) <= {
+            bool,
+            int,
+            float,
+            str,
+            tuple,
+            list,
+            type(None),
+        }
 
 
 def test_nor_does_a_class_that_custom_names(composed: Compose) -> None:

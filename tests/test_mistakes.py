@@ -14,7 +14,7 @@ from lightning_adaptive.app import cli
 from tests.cli import SCRIPT, Run, digests
 from tests.support import command
 
-OPTIMIZERS = "adadelta, adafactor, adagrad, adam, adamax, adamw, custom, lbfgs, nadam, radam, rmsprop, sgd"
+OPTIMIZERS = "adadelta, adafactor, adagrad, adam, adamax, adamw, custom, lbfgs, muon, nadam, radam, rmsprop, sgd"
 FLAGS = (
     "--help, --hydra-help, --version, --run, --multirun, --resolve, --shell-completion, --cfg, --package, --config-path, "
     "--config-name, --config-dir, --experimental-rerun, --trust, --info"

@@ -11,7 +11,8 @@ from torch.optim import LBFGS, SGD, Adam, AdamW
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 
 from lightning_adaptive import Clock, ConfigError, Cosine, settings
-from lightning_adaptive.lr_schedulers import ScheduleLR, check_factory
+from lightning_adaptive.errors import check_factory
+from lightning_adaptive.lr_schedulers import ScheduleLR
 from lightning_adaptive.param_groups import Group
 from lightning_adaptive.phases import build, state_bytes
 

@@ -15,12 +15,13 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
-from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
+from torch.optim import LBFGS, SGD, Adam, AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR, MultiplicativeLR, OneCycleLR, StepLR
 from torch.utils.data import DataLoader
 
 from lightning_adaptive import (
     Clock,
+    CombinedOptimizer,
     ConfigError,
     Cosine,
     CosineRestarts,
@@ -98,7 +99,7 @@ class Configured(Net):
 
 
 sgd = partial(SGD, lr=0.02, momentum=0.9, weight_decay=0.1)
-adamw = partial(AdamW, lr=0.1, weight_decay=0.3)
+adamw = partial(AdamW, lr=0.1, betas=(0.9, 0.8), weight_decay=0.3)
 RUNS: dict[str, tuple[Callable[[], Net], Callable[[], OptimizerSwitchCallback | None], dict[str, Any]]] = {
     "one phase": (own(adamw, scheduler=Cosine(warmup="20%")), lambda: None, {}),
     "no scheduler of ours": (Net, lambda: None, {}),
@@ -137,6 +138,15 @@ RUNS: dict[str, tuple[Callable[[], Net], Callable[[], OptimizerSwitchCallback | 
         ),
         lambda: switch("9st", sgd, scheduler={"scheduler": partial(StepLR, step_size=1), "interval": "epoch", "frequency": 2}),
         {"max_epochs": 6, "accumulate_grad_batches": 2},
+    ),
+    "several optimizers": (
+        own(
+            partial(CombinedOptimizer, optimizers={"matrices": partial(Muon, lr=0.02), "default": adamw}),
+            scheduler=PerOption(options={"lr": Cosine(warmup="untuned"), "momentum": Linear(floor=0.5)}),
+            param_groups=ParamGroups(matrices={"ndim": 2}),
+        ),
+        lambda: switch("9st", sgd),
+        {"max_epochs": 4},
     ),
     "max_steps": (own(sgd, scheduler=Linear()), lambda: switch("50%", adamw), {"max_epochs": -1, "max_steps": 13}),
 }

@@ -30,8 +30,8 @@ COUNTS = {
     "conf/handover": 1,
     "conf/hydra/help": 1,
     "conf/logger": 5,
-    "conf/optimizer": 12,
-    "conf/param_groups": 6,
+    "conf/optimizer": 13,
+    "conf/param_groups": 7,
     "conf/scheduler": 18,
     "conf/switch": 3,
     "conf/task": 1,
@@ -198,24 +198,38 @@ OPTIMIZERS = [name for name in names("optimizer") if name != "custom"]
 """``custom`` names no class of its own; see below."""
 
 
+def with_groups(name: str, where: str = "") -> list[str]:
+    """What chooses an optimizer, at the start or after a switch, with the groups that it needs."""
+    if name != "muon":
+        return [f"optimizer{'@switch.optimizer' * bool(where)}={name}"]
+    groups = f"param_groups{'@switch.param_groups' * bool(where)}=muon"
+    return [f"optimizer{'@switch.optimizer' * bool(where)}=muon", groups, f"{where}param_groups.head.match=net.2.*"]
+
+
+def steppers(node: Any) -> dict[str, int]:
+    """The class that steps, and of several for groups each."""
+    inner = node.get("optimizers", {}).values()
+    return {each["_target_"].rpartition(".")[2]: 1 for each in (node, *inner)}
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_takes_a_step(name: str, composed: Any) -> None:
-    whole = composed(f"optimizer={name}")
-    module = attach(Net(), optimizer=whole.optimizer)
+    whole = composed(*with_groups(name))
+    module = attach(Net(), optimizer=whole.optimizer, param_groups=whole.param_groups)
     with counted_steps() as counts:
         fit(module, 1)
     assert moved(module)
-    assert counts == {whole.optimizer["_target_"].rpartition(".")[2]: 1}
+    assert counts == steppers(whole.optimizer)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_takes_a_step_after_a_switch(name: str, composed: Any) -> None:
-    whole = composed(f"optimizer@switch.optimizer={name}", "switch.at=1st")
+    whole = composed(*with_groups(name, "switch."), "switch.at=1st")
     with counted_steps() as counts:
         running = fit(attach(Net(), optimizer=whole.optimizer), 2, config.switch(whole.switch))
     target = whole.switch.optimizer["_target_"].rpartition(".")[2]
     assert type(running.optimizers[0]).__name__ == target
-    assert counts == ({"Adam": 2} if target == "Adam" else {"Adam": 1, target: 1})
+    assert counts == ({"Adam": 2} if target == "Adam" else {"Adam": 1, **steppers(whole.switch.optimizer)})
 
 
 def test_the_custom_optimizer_must_be_named_and_then_takes_a_step(composed: Any) -> None:
@@ -337,6 +351,7 @@ GROUPS = {
     "discriminative": {"default": 2, "backbone": 2},
     "layer_decay": {"layer_1": 1, "layer_1_no_decay": 1, "layer_0": 1, "layer_0_no_decay": 1},
     "mup_like": {"default": 2, "fan_in_16": 1, "fan_in_32": 1},
+    "muon": {"head": 1, "no_decay": 2, "hidden": 1},
 }
 """Parameters in each group of the tests' net."""
 
@@ -347,6 +362,7 @@ def test_param_groups_hold_every_parameter(name: str, composed: Any) -> None:
         "discriminative": ["switch.param_groups.backbone.match=net.0.*"],
         "layer_decay": ["switch.param_groups.decay=0.5"],
         "mup_like": ["switch.param_groups.base_fan_in=32"],
+        "muon": ["switch.param_groups.head.match=net.2.*"],
     }.get(name, [])
     whole = composed(f"param_groups@switch.param_groups={name}", "switch.at=1st", *more)
     running = fit(attach(Net(), optimizer=whole.optimizer), 2, config.switch(whole.switch))

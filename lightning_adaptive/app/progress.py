@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
+from lightning_adaptive.combined import class_name
 from lightning_adaptive.phases import format_lrs, lrs
 from lightning_adaptive.strategies import running_optimizer
 from lightning_adaptive.switch import find_switch
@@ -30,7 +31,7 @@ def phase_words(trainer: Trainer) -> tuple[str, str]:
     """
     optimizer, switch = running_optimizer(trainer), find_switch(trainer)
     number, count = (switch.phase + 1, len(switch.chain) + 1) if switch else (1, 1)
-    return f"{number}/{count} {type(optimizer).__name__}", format_lrs(lrs(optimizer))
+    return f"{number}/{count} {class_name(optimizer)}", format_lrs(lrs(optimizer))
 
 
 class PhaseProgressBar(RichProgressBar):
