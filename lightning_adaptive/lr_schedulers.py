@@ -260,13 +260,15 @@ def _counted(factory: SchedulerFactory, clock: Clock) -> tuple[SchedulerFactory,
 
 
 def _check_driven(option: str, optimizer: Optimizer) -> None:
-    name, bases = type(optimizer).__name__, [base for _, _, base in _bases(option, optimizer)]
-    if not bases:
-        known = [key for key, value in optimizer.param_groups[0].items() if _is_number(value) and key != "lr"]
-        known += ["momentum"] if _is_betas(optimizer.param_groups[0].get("betas")) else []
+    name, found = type(optimizer).__name__, [base for _, _, base in _bases(option, optimizer)]
+    if not found:
+        group = optimizer.param_groups[0]
+        bases = {key for key in group if key.removeprefix("initial_") in group and key.startswith("initial_")}
+        known = [key for key, value in group.items() if _is_number(value) and key != "lr" and key not in bases]
+        known += ["momentum"] if _is_betas(group.get("betas")) else []
         advice = did_you_mean(option, known) or (" momentum stands for beta1." if option in ("beta1", "betas") else "")
         raise ConfigError(f"{name} has no number {option!r} to drive.{advice} Numbers: {', '.join(known)}.")
-    if not any(_first(base) for base in bases):
+    if not any(_first(base) for base in found):
         raise ConfigError(f"{option} of {name} is 0 in every group, so a schedule of it does nothing.")
 
 

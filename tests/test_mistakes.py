@@ -129,6 +129,59 @@ MISTAKES: list[tuple[str, str]] = [
         "optimizer._target_: 'os.system' lies in the standard library, which a config may never name.",
     ),
     ("optimizer._target_=torch.optim.Addam", "optimizer._target_: torch.optim has no 'Addam'. Did you mean 'Adam'?"),
+    ("scheduler.warmup=20ep trainer.max_epochs=10", "scheduler.warmup: 20ep is 680 steps, but the schedule spans only 340."),
+    (
+        "'+param_groups.slow={match: net.0.*, lrscale: 0.1}'",
+        "param_groups.slow.lrscale: the optimizer has no option 'lrscale'. Did you mean 'lr_scale'? A rule sets lr_scale, lr, "
+        "betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused, decoupled_weight_decay; its "
+        "conditions are match, regex, module, ndim, any.",
+    ),
+    (
+        "'+param_groups.slow={regex: \"([\", lr_scale: 0.1}'",
+        "param_groups.slow.regex: '([' is no regular expression: unterminated character set at position 1.",
+    ),
+    (
+        "'+param_groups.slow={lr_scale: 0.1}'",
+        "param_groups.slow: a rule needs a condition, which parameters it is for. Write one of match, regex, module, ndim, any.",
+    ),
+    (
+        "'+param_groups.slow=0.1'",
+        "param_groups.slow: 0.1 is no rule. Write a mapping such as {match: '*.bias', weight_decay: 0}.",
+    ),
+    (
+        "scheduler=plateau scheduler.patience=2ep",
+        "scheduler.patience: '2ep' is not a whole number. Write one, for example 10.",
+    ),
+    (
+        "scheduler=continue",
+        "scheduler: there is no running schedule to continue; only a switch has one. Choose another.",
+    ),
+    (
+        "scheduler=plateau scheduler@switch.scheduler=continue",
+        "switch.scheduler: 'continue' needs a running schedule that is a function of the step, and plateau, monitor val/loss is "
+        "not one. Give the phase before it a schedule of lightning_adaptive, or the switch one of its own.",
+    ),
+    (
+        "scheduler=per_option",
+        "scheduler: weight_decay of Adam is 0 in every group, so a schedule of it does nothing.",
+    ),
+    (
+        "optimizer=adamw scheduler=per_option +scheduler@scheduler.options.beta1=linear",
+        "scheduler: AdamW has no number 'beta1' to drive. momentum stands for beta1. Numbers: eps, weight_decay, momentum.",
+    ),
+    (
+        "scheduler=custom scheduler._target_=torch.optim.lr_scheduler.StepLR +scheduler.step_size=2ep +scheduler.gamma=5%",
+        "scheduler.gamma: '5%' is not a number. Write one, for example 0.1.",
+    ),
+    (
+        "~scheduler.length",
+        "~scheduler.length: the value is null, and Hydra takes out only what has one. Leave it as it is.",
+    ),
+    (
+        "'scheduler={warmupp: 5%}'",
+        "scheduler={warmupp: 5%}: it sets what scheduler does not have. Keys: warmup, warmup_shape, floor, length, interval, "
+        "frequency.",
+    ),
     ("optimizer=custom", "optimizer._target_: must be given: the path of a class, package.module.Class, of Optimizer."),
     ("optimizer._target_=torch.nn.Linear", "optimizer._target_: torch.nn.Linear is not a class of Optimizer, which belongs here."),
     (
@@ -203,8 +256,8 @@ MISTAKES: list[tuple[str, str]] = [
     (
         "scheduler=cosin",
         "scheduler=cosin: scheduler has no 'cosin'. Did you mean 'cosine'? Choices: constant, continue, cosine, cosine_restarts, "
-        "cyclic, exponential, inverse_sqrt, linear, multistep, none, one_cycle, per_option, piecewise, plateau, polynomial, rex, "
-        "step, wsd.",
+        "custom, cyclic, exponential, inverse_sqrt, linear, multistep, none, one_cycle, per_option, piecewise, plateau, polynomial, "
+        "rex, step, wsd.",
     ),
     (
         "hydra/launcher=joblibb",
@@ -258,7 +311,7 @@ def test_a_file_that_is_no_checkpoint_gets_code_3(content: bytes | None, told: s
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "'trian' is no command. Did you mean 'train'? Commands: train, list."),
+        (["trian"], "'trian' is no command. Did you mean 'train'? Commands: train, preview, list."),
         (["list", "optimzers"], f"there are no 'optimzers'. Did you mean 'optimizers'? Kinds: {KINDS}."),
         (["list", "--all"], "--all: there is no such flag. Flags: -cd, --help."),
         (["list", "-cd", "nowhere"], "-cd nowhere: there is no such folder."),

@@ -59,6 +59,11 @@ ODD: list[tuple[str, Phases, int]] = [
     ("++optimizer.lr=1E-2 +optimizer.foreach=true optimizer.fused=null", ADAM_TO_SGD, 4),
     ("~optimizer.lr", ADAM_TO_SGD, 4),
     ("'optimizer.lr=${switch.optimizer.lr}'", ADAM_TO_SGD, 4),
+    (
+        "scheduler=custom scheduler._target_=torch.optim.lr_scheduler.StepLR +scheduler.step_size=25%",
+        [("Adam", 0), ("SGD", 3)],
+        4,
+    ),
     ("optimizer=custom optimizer._target_=torch.optim.Rprop +optimizer.etas=[0.4,1.3]", [("Rprop", 0), ("SGD", 3)], 4),
     ("optimizer=custom optimizer._target_=pytorch_optimizer.Lion optimizer.lr=1e-4", [("Lion", 0), ("SGD", 3)], 4),
     ("'optimizer={lr:0.5}'", ADAM_TO_SGD, 4),
@@ -85,6 +90,7 @@ ODD: list[tuple[str, Phases, int]] = [
 
 @pytest.mark.filterwarnings("ignore:The number of training batches")  # of Lightning's, about its lines of metrics
 @pytest.mark.filterwarnings("ignore:Precision bf16-mixed is not supported by the model summary")
+@pytest.mark.filterwarnings("ignore:trainer.accumulate_grad_batches=100 is more than the 4 batches of an epoch")
 @pytest.mark.parametrize(("arguments", "phases", "steps"), ODD, ids=[arguments for arguments, _, _ in ODD])
 def test_an_odd_command_line_runs(arguments: str, phases: Phases, steps: int, train: Run, tmp_path: Path) -> None:
     typed = shlex.split(arguments)

@@ -32,7 +32,7 @@ COUNTS = {
     "conf/logger": 5,
     "conf/optimizer": 13,
     "conf/param_groups": 7,
-    "conf/scheduler": 18,
+    "conf/scheduler": 19,
     "conf/switch": 3,
     "conf/task": 1,
     "conf/trainer": 9,
@@ -264,8 +264,8 @@ AFTER_TWO_OF_TWO_STEPS: dict[str, tuple[list[str], float]] = {
 }
 """What is changed of each schedule so that two steps show it, and its factor after them."""
 
-SCHEDULES = [name for name in names("scheduler") if name != "continue"]
-"""Those with which a run may begin."""
+SCHEDULES = [name for name in names("scheduler") if name not in ("continue", "custom")]
+"""Those with which a run may begin; ``custom`` names no class of its own."""
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -296,7 +296,7 @@ def test_a_schedule_bears_the_shortest_trainings(name: str, composed: Any) -> No
         assert all(0 <= factor(step) <= 1 for step in range(total + 1))
 
 
-@pytest.mark.parametrize("name", [name for name in names("scheduler") if name != "none"])
+@pytest.mark.parametrize("name", [*(name for name in SCHEDULES if name != "none"), "continue"])
 def test_a_schedule_lists_all_its_options(name: str) -> None:
     """So that each can be overridden without a plus, and is documented where it stands."""
     node = yaml.safe_load((ROOT / "conf/scheduler" / f"{name}.yaml").read_text(encoding="utf-8"))
@@ -304,7 +304,18 @@ def test_a_schedule_lists_all_its_options(name: str) -> None:
     assert set(node) - {"_target_", "_convert_", "defaults"} == options
 
 
-@pytest.mark.parametrize("name", names("scheduler"))
+def test_the_custom_scheduler_must_be_named_and_then_counts_steps(composed: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^scheduler\._target_: must be given: the path of a class, package\.module\.Class, of"):
+        config.scheduler(composed("scheduler=custom").scheduler)
+    words = ("scheduler=custom", "scheduler._target_=torch.optim.lr_scheduler.MultiStepLR", "+scheduler.milestones=[25%,75%]")
+    node = composed(*words, "optimizer.lr=0.5").scheduler
+    for scheduler in (node, instantiate(node)):
+        running = fit(attach(Net(), optimizer=composed("optimizer.lr=0.5").optimizer, scheduler=scheduler), 4)
+        assert sorted(running.lr_scheduler_configs[0].scheduler.milestones) == [1, 3]
+        assert running.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.005)
+
+
+@pytest.mark.parametrize("name", [*SCHEDULES, "continue"])
 def test_hydras_own_instantiate_builds_the_same_schedule(name: str, composed: Any) -> None:
     node = composed(f"scheduler={name}").scheduler
     built = config.scheduler(node)

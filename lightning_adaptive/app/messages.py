@@ -81,6 +81,11 @@ def _unknown_key(key: str, others: Sequence[str], arguments: Sequence[str]) -> s
         place = f"{group}@{parent}" if "." in parent else group
         choices = _listed(_options(group, arguments))
         return f"{_typed(key, arguments)}: {parent} is empty. Choose a file for it first: {place}={choices.partition(',')[0]}."
+    if key in _groups(arguments):
+        inner = [argument for argument in arguments if _key(argument) != key]
+        return f"{_typed(key, arguments)}: it sets what {key} does not have. Keys: {_listed(_keys(key, inner))}."
+    if name in keys:
+        return f"{_typed(key, arguments)}: the value is null, and Hydra takes out only what has one. Leave it as it is."
     allowed = f" Keys: {_listed(keys)}." if keys else ""
     where = f" in {parent}" if parent else ""
     return f"{_typed(key, arguments)}: there is no key {name!r}{where}.{did_you_mean(name, keys)}{allowed}"
