@@ -256,8 +256,8 @@ MISTAKES: list[tuple[str, str]] = [
     (
         "scheduler=cosin",
         "scheduler=cosin: scheduler has no 'cosin'. Did you mean 'cosine'? Choices: constant, continue, cosine, cosine_restarts, "
-        "custom, cyclic, exponential, inverse_sqrt, linear, multistep, none, one_cycle, per_option, piecewise, plateau, polynomial, "
-        "rex, step, wsd.",
+        "custom, cyclic, exponential, inverse_sqrt, linear, multistep, none, one_cycle, per_option, piecewise, plateau, "
+        "polynomial, rex, step, wsd.",
     ),
     (
         "hydra/launcher=joblibb",
