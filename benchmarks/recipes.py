@@ -43,7 +43,7 @@ COMPARED_WITH = "digits_adam_to_sgd"
 TASK = ", on scikit-learn's digits."
 """How the first line of each recipe ends."""
 
-ADAM = {"optimizer.lr": "1e-4,2e-4,5e-4,1e-3,2e-3,5e-3,1e-2,2e-2"}
+ADAM = {"optimizer.lr": "0.0001,0.0002,0.0005,0.001,0.002,0.005,0.01,0.02"}
 TRIES: dict[str, dict[str, str]] = {
     "digits_sgd": {"optimizer.lr": "0.005,0.01,0.02,0.05,0.1,0.2,0.5,1"},
     "digits_momentum": {"optimizer.lr": "0.001,0.002,0.005,0.01,0.02,0.05,0.1,0.2"},
@@ -54,7 +54,7 @@ TRIES: dict[str, dict[str, str]] = {
     "digits_adam_cosine": ADAM,
     "digits_wsd": ADAM,
     "digits_warmup_cosine": {"optimizer.lr": "0.002,0.005,0.01,0.02,0.05,0.1,0.2,0.5"},
-    "digits_adam_to_sgd": {"optimizer.lr": "1e-3,3e-3", "switch.optimizer.lr": "0.03,0.1", "switch.at": "30%,60%"},
+    "digits_adam_to_sgd": {"optimizer.lr": "0.001,0.003", "switch.optimizer.lr": "0.03,0.1", "switch.at": "30%,60%"},
 }
 """What was tried for each recipe: eight settings each. The rows of the tables stand in this order."""
 

@@ -17,8 +17,9 @@ from omegaconf import OmegaConf
 from scipy.stats import ttest_1samp, ttest_rel
 
 from lightning_adaptive.app import job  # noqa: F401 - registers the resolvers that train.yaml uses
+from lightning_adaptive.report import read_curves
+from tests.cli import SHORT, runs
 from tests.cli import Run as Command
-from tests.cli import runs
 from tests.support import ROOT
 
 
@@ -99,6 +100,19 @@ def test_recipes_differ_in_their_phases_only(recipe: str) -> None:
         assert OmegaConf.to_container(ours[key], resolve=False) == OmegaConf.to_container(first[key], resolve=False)
     assert ours.trainer.max_epochs == 20
     assert ours.switch.enabled == (recipe == "digits_adam_to_sgd")
+
+
+def test_a_seed_means_the_same_weights_and_batches_in_every_recipe(train: Command, tmp_path: Path) -> None:
+    """So that differences of one seed are pairs. The learning rates are so small that no weight moves."""
+    still = ("optimizer.lr=1e-30", "switch.optimizer.lr=1e-30", "switch.at=2st", *SHORT)
+    for recipe in ("digits_sgd", "digits_wsd", "digits_adam_to_sgd"):
+        still_here = [override for override in still if recipe == "digits_adam_to_sgd" or not override.startswith("switch")]
+        ended = train(f"recipe={recipe}", "seed=3", *still_here)
+        assert ended.code == 0, ended.err
+    losses = [read_curves(run / "metrics.csv")["train/loss"] for run in runs(tmp_path)]
+    assert len(losses) == 3
+    assert losses[0] == losses[1] == losses[2]
+    assert len(losses[0][1]) == 4
 
 
 def test_what_the_page_points_to_exists() -> None:
