@@ -154,6 +154,7 @@ OPTIMIZERS_IN_A = ["adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw"
         ),
         ("lightning-adaptive train optimizer@", ["optimizer@switch.optimizer="]),
         ("lightning-adaptive train recipe=digits_adam_to", ["recipe=digits_adam_to_sgd"]),
+        ("lightning-adaptive train recipe=", [f"recipe={path.stem}" for path in sorted((ROOT / "recipes").glob("*.yaml"))]),
         ("lightning-adaptive train switch.optimizer.mom", ["switch.optimizer.momentum="]),
         ("lightning-adaptive train optimizer=sgd optimizer.nest", ["optimizer.nesterov="]),
         ("lightning-adaptive nonsense opt", []),

@@ -15,6 +15,10 @@ from tests.cli import SCRIPT, Run, digests
 from tests.support import command
 
 OPTIMIZERS = "adadelta, adafactor, adagrad, adam, adamax, adamw, custom, lbfgs, muon, nadam, radam, rmsprop, sgd"
+RECIPES = (
+    "digits_adagrad, digits_adam, digits_adam_cosine, digits_adam_step, digits_adam_to_sgd, digits_momentum, digits_rmsprop, "
+    "digits_sgd, digits_warmup_cosine, digits_wsd"
+)
 FLAGS = (
     "--help, --hydra-help, --version, --run, --multirun, --resolve, --shell-completion, --cfg, --package, --config-path, "
     "--config-name, --config-dir, --experimental-rerun, --trust, --info"
@@ -28,10 +32,9 @@ MISTAKES: list[tuple[str, str]] = [
     ("optimizer=adamv", f"optimizer=adamv: optimizer has no 'adamv'. Did you mean 'adam'? Choices: {OPTIMIZERS}."),
     (
         "recipe=digits_adam_to_sdg",
-        "recipe=digits_adam_to_sdg: recipe has no 'digits_adam_to_sdg'. Did you mean 'digits_adam_to_sgd'? "
-        "Choices: digits_adam_to_sgd.",
+        f"recipe=digits_adam_to_sdg: recipe has no 'digits_adam_to_sdg'. Did you mean 'digits_adam_to_sgd'? Choices: {RECIPES}.",
     ),
-    ("recipe=./nowhere", "recipe=./nowhere: recipe has no './nowhere'. Choices: digits_adam_to_sgd."),
+    ("recipe=./nowhere", f"recipe=./nowhere: recipe has no './nowhere'. Choices: {RECIPES}."),
     (
         "optimizer@switch.optimizer=sgdd",
         f"optimizer@switch.optimizer=sgdd: optimizer has no 'sgdd'. Did you mean 'sgd'? Choices: {OPTIMIZERS}.",

@@ -103,7 +103,8 @@ def wheel(environment_of: Callable[[str], Environment]) -> Environment:
 
 
 def data_files() -> dict[str, bytes]:
-    paths = [path for name in DATA for path in (ROOT / name).rglob("*") if path.is_file()]
+    """All but the page about the recipes, whose picture and command are in the source tree only."""
+    paths = [path for name in DATA for path in (ROOT / name).rglob("*") if path.is_file() and path.name != "README.md"]
     return {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in paths}
 
 
@@ -116,6 +117,7 @@ def test_the_wheel_holds_the_data_within_the_package(distributions: Path) -> Non
         names = wheel.namelist()
         held = {name: wheel.read(f"lightning_adaptive/{name}") for name in data_files()}
     assert held == data_files()
+    assert "lightning_adaptive/recipes/README.md" not in names
     tops = {name.partition("/")[0] for name in names}
     assert {re.sub(r"-[^-]+\.dist-info$", ".dist-info", top) for top in tops} == {
         "lightning_adaptive",

@@ -36,7 +36,7 @@ COUNTS = {
     "conf/switch": 3,
     "conf/task": 1,
     "conf/trainer": 9,
-    "recipes": 1,
+    "recipes": 10,
 }
 """How many files each folder holds. A new file is entered here, and is then checked by everything below."""
 
@@ -75,8 +75,8 @@ def override_of(path: Path) -> str:
 def test_every_file_is_counted() -> None:
     found = {str(folder): sum(path.parent == folder for path in FILES) for folder in {path.parent for path in FILES}}
     assert found == COUNTS
-    others = [path for folder in ("conf", "recipes") for path in (ROOT / folder).rglob("*") if path.is_file()]
-    assert len(others) == len(FILES), "conf/ and recipes/ hold YAML files and nothing else"
+    every = {path.relative_to(ROOT) for folder in ("conf", "recipes") for path in (ROOT / folder).rglob("*") if path.is_file()}
+    assert every - set(FILES) == {Path("recipes/README.md")}, "beside it conf/ and recipes/ hold YAML files and nothing else"
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
@@ -472,5 +472,5 @@ def test_a_recipe_builds_and_its_phases_take_a_step(recipe: str, composed: Any) 
     assert switch is not None
     module = attach(Net(), optimizer=whole.optimizer, scheduler=whole.scheduler, param_groups=whole.param_groups)
     fit(module, 2, switch)
-    assert switch.phase == len(switch.chain) == 1
+    assert switch.phase == (1 if switch.enabled else 0)
     assert moved(module)
