@@ -122,6 +122,19 @@ def test_what_the_page_points_to_exists() -> None:
         assert (ROOT / "recipes" / target).is_file(), target
 
 
+def test_what_is_concluded_by_hand_names_numbers_of_the_tables() -> None:
+    """So that another measurement does not leave old numbers in the text."""
+    by_hand = README[README.index("## What it says") : README.index("## How the values were chosen")]
+    generated = README[README.index("<!-- results -->") : README.index("<!-- end of differences -->")]
+    an_image = f"{100 / 360:.2f}"
+    stale = [number for number in re.findall(r"\d+\.\d+", by_hand) if number not in generated and number != an_image]
+    assert stale == []
+    _, rows = table("differences")
+    cells = [cell for row in rows.values() for cell in row[1:]]
+    count = {6: "Six"}[sum(cell.startswith("**") for cell in cells)]
+    assert f"{count} of the {len(cells)} intervals leave zero out" in by_hand
+
+
 # How it is counted
 
 
