@@ -43,11 +43,19 @@ if TYPE_CHECKING:
     from lightning_adaptive.schedules import Plateau as Plateau
     from lightning_adaptive.schedules import Schedule as Schedule
     from lightning_adaptive.switch import OptimizerSwitchCallback as OptimizerSwitchCallback
+    from lightning_adaptive.triggers import AllOf as AllOf
+    from lightning_adaptive.triggers import AnyOf as AnyOf
+    from lightning_adaptive.triggers import Manual as Manual
+    from lightning_adaptive.triggers import OnPlateau as OnPlateau
+    from lightning_adaptive.triggers import OnThreshold as OnThreshold
+    from lightning_adaptive.triggers import Trigger as Trigger
 
 __version__ = "0.1.0"
 
 # Names are imported when they are first used, so that `--help` does not wait for torch.
 _HOMES = {
+    "AllOf": "triggers",
+    "AnyOf": "triggers",
     "CheckpointError": "errors",
     "Clock": "durations",
     "CombinedOptimizer": "combined",
@@ -66,8 +74,11 @@ _HOMES = {
     "InverseSqrt": "curves",
     "LayerDecay": "param_groups",
     "Linear": "curves",
+    "Manual": "triggers",
     "MultiStep": "curves",
     "MupLike": "param_groups",
+    "OnPlateau": "triggers",
+    "OnThreshold": "triggers",
     "OneCycle": "curves",
     "OptimizerSwitchCallback": "switch",
     "ParamGroups": "param_groups",
@@ -80,6 +91,7 @@ _HOMES = {
     "Rule": "rules",
     "Schedule": "schedules",
     "StepDecay": "curves",
+    "Trigger": "triggers",
     "WarmupStableDecay": "curves",
     "attach": "hooks",
     "configure_optimizers": "hooks",

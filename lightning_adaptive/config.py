@@ -37,6 +37,7 @@ from lightning_adaptive.param_groups import Inherit, ParamGroups
 from lightning_adaptive.phases import OptimizerFactory, check_options
 from lightning_adaptive.schedules import Schedule
 from lightning_adaptive.switch import OptimizerSwitchCallback
+from lightning_adaptive.triggers import Trigger
 
 Node = Mapping[str, Any]
 
@@ -94,6 +95,7 @@ def switch(value: Any, key: str = "switch") -> OptimizerSwitchCallback | None:
         "optimizer": optimizer_factory,
         "scheduler": scheduler,
         "param_groups": lambda node, at: param_groups(node, at) or "inherit",
+        "when": lambda node, at: _object(node, (Trigger,), at, nested=(Trigger,)),
         "handover": lambda node, at: _object(node, (Handover,), at) or "own",
         "then": switch,
     }

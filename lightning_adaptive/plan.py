@@ -50,8 +50,8 @@ class PhasePlan:
         number: 1-based.
         optimizer: class name.
         schedule: the schedule in words.
-        first_step: 0-based global step of its first update.
-        end_step: the global step that no longer belongs to it; ``None`` when the end of training is unknown.
+        first_step: 0-based global step of its first update; ``None`` when a trigger decides it.
+        end_step: the global step that no longer belongs to it; ``None`` when a trigger decides it, or nobody knows the end.
         reason: why it begins there.
         lr: learning rates in words, and what else is driven: at the first step and, where the schedule is closed form, at the
             highest between, with its step, and at the last.
@@ -66,7 +66,7 @@ class PhasePlan:
     number: int
     optimizer: str
     schedule: str
-    first_step: int
+    first_step: int | None
     end_step: int | None
     reason: str
     lr: str
@@ -78,11 +78,12 @@ class PhasePlan:
     curves: tuple[Series, ...] = ()
 
     def __str__(self) -> str:
+        first = "?" if self.first_step is None else str(self.first_step)
         last = "?" if self.end_step is None else str(self.end_step - 1)
         groups = f", {self.groups} groups" if self.groups > 1 else ""
         state = "" if self.state_bytes is None else f", state {format_bytes(self.state_bytes)}"
         lines = [
-            f"phase {self.number}  {self.optimizer:<10} steps {self.first_step}..{last}  {self.schedule}  {self.lr}  "
+            f"phase {self.number}  {self.optimizer:<10} steps {first}..{last}  {self.schedule}  {self.lr}  "
             f"{self.parameters:,} parameters{groups}{state}  <- {self.reason}"
         ]
         return "\n".join([*lines, *(f"         note: {note}" for note in self.notes), *_lines(self.table)])
@@ -154,8 +155,11 @@ class Plan:
             if 1 < len(colors) <= 20:
                 axis.legend(loc="best", fontsize="small")
             for phase in self.phases[1:]:
-                axis.axvline(phase.first_step, color="0.4", linestyle="--", linewidth=1)
+                if phase.first_step is not None:
+                    axis.axvline(phase.first_step, color="0.4", linestyle="--", linewidth=1)
         for before, after in pairwise(self.phases):
+            if after.first_step is None:
+                continue
             words = f"{before.optimizer} → {after.optimizer}"
             axes[0, 0].text(after.first_step, 1.02, words, transform=axes[0, 0].get_xaxis_transform(), ha="center")
         axes[-1, 0].set_xlabel("optimizer step")
@@ -213,7 +217,7 @@ def plan(trainer: Trainer, with_curves: bool = False) -> Plan:
         ),
         *(switch.planned(trainer) if switch else ()),
     ]
-    ends = [*(later.first_step for later in planned[1:]), clock.total_steps]
+    ends = [*(later.first_step for later in planned[1:]), clock.total_steps]  # None where a trigger decides
     numbers = range(switch.phase + 1 if switch else 1, len(planned) + 2)
     shapes = strategies.full_shapes(trainer)
     epoch = Epoch(clock.steps_per_epoch, trainer.num_training_batches, trainer.accumulate_grad_batches) if with_curves else None
@@ -242,7 +246,9 @@ def _phase_plan(
 ) -> PhasePlan:
     first_step, reason, phase = planned
     groups = phase.optimizer.param_groups
-    table = tuple(_group_plans(phase, shapes, "inherited" if reason.startswith("at=") else "configure_optimizers"))
+    steps = None if first_step is None or end_step is None else range(first_step, end_step)
+    curves = of_phase(phase, steps, epoch) if epoch and steps else ()
+    table = tuple(_group_plans(phase, shapes, "inherited" if reason.startswith(("at=", "when=")) else "configure_optimizers"))
     return PhasePlan(
         number=number,
         optimizer=class_name(phase.optimizer),
@@ -250,13 +256,13 @@ def _phase_plan(
         first_step=first_step,
         end_step=end_step,
         reason=reason,
-        lr=_curve(phase, first_step, None if end_step is None else end_step - first_step - 1),
+        lr=_curve(phase, first_step or 0, None if steps is None else len(steps) - 1),
         groups=len(groups),
         parameters=sum(group.parameters for group in table),
         notes=phase.notes,
         table=table if len(table) > 1 else (),
         state_bytes=planned_state_bytes(phase.optimizer) if epoch else None,
-        curves=of_phase(phase, first_step, end_step, epoch) if epoch and end_step is not None else (),
+        curves=curves,
     )
 
 

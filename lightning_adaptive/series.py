@@ -53,28 +53,27 @@ class Epoch:
     accumulated: int
 
 
-def of_phase(phase: Phase, first: int, end: int, epoch: Epoch) -> tuple[Series, ...]:
+def of_phase(phase: Phase, steps: range, epoch: Epoch) -> tuple[Series, ...]:
     """The curves of a phase.
 
     A `Schedule` is asked for the steps; a scheduler of torch is stepped as Lightning would step it, and put back afterwards.
 
     Args:
         phase: the phase, built for its first step.
-        first: its first step.
-        end: the step that no longer belongs to it.
+        steps: its steps.
         epoch: the counts of the training.
     """
-    steps = [*range(first, end - 1, max(1, (end - first) // MOST_POINTS)), end - 1]
+    first, shown = steps.start, [*steps[: -1 : max(1, len(steps) // MOST_POINTS)], steps[-1]]
     scheduler = phase.lr_scheduler
     if isinstance(scheduler, ScheduleLR):
-        points = [scheduler.values_at(step - first) for step in steps]
+        points = [scheduler.values_at(step - first) for step in shown]
     else:
-        wanted = set(steps)
-        points = [values for step, values in enumerate(_stepped(phase, range(first, end), epoch), first) if step in wanted]
+        wanted = set(shown)
+        points = [values for step, values in enumerate(_stepped(phase, steps, epoch), first) if step in wanted]
     groups = phase.optimizer.param_groups
     names = [group.get("name", f"pg{index}" if len(groups) > 1 else "") for index, group in enumerate(groups, start=1)]
     return tuple(
-        Series(name, option, steps, [values[index][option] for values in points])
+        Series(name, option, shown, [values[index][option] for values in points])
         for index, name in enumerate(names)
         for option in points[0][index]
         if option == "lr" or isinstance(scheduler, ScheduleLR) or len({values[index][option] for values in points}) > 1

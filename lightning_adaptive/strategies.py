@@ -133,6 +133,36 @@ def opens_accumulation_window(trainer: Trainer, batch_idx: int) -> bool:
     return batch_idx % trainer.accumulate_grad_batches == 0
 
 
+def agreed_metrics(trainer: Trainer, names: Sequence[str]) -> dict[str, float]:
+    """What the module has logged; those of these names in the mean over all ranks, so that every rank sees the same.
+
+    Args:
+        trainer: the trainer.
+        names: names of metrics.
+    """
+    logged = trainer.callback_metrics
+    device = trainer.strategy.root_device
+    own = {name: logged[name].detach().float().to(device) for name in names if name in logged}
+    agreed = {name: trainer.strategy.reduce(value, reduce_op="mean") for name, value in own.items()}
+    return {name: float(agreed.get(name, value)) for name, value in logged.items()}
+
+
+def is_asked(trainer: Trainer, asked: bool, files: Sequence[str]) -> bool:
+    """Whether a person asks for something on any rank: in this process, or by a file in the run's folder, which is taken away.
+
+    Args:
+        trainer: the trainer, whose ``default_root_dir`` is the run's folder.
+        asked: whether it was asked for in this process.
+        files: names of the files.
+    """
+    for file in files if trainer.is_global_zero else ():
+        path = Path(trainer.default_root_dir, file)
+        if path.exists():
+            path.unlink()
+            asked = True
+    return trainer.strategy.reduce_boolean_decision(asked, all=False)
+
+
 def loss_scale(trainer: Trainer) -> float | None:
     """The factor by which 16-bit mixed precision scales the loss now; ``None`` where it does not. Waits for the device."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)

@@ -27,6 +27,7 @@ from lightning_adaptive.param_groups import Group, Inherit, ParamGroups, Partiti
 from lightning_adaptive.phases import OptimizerFactory, Phase
 from lightning_adaptive.schedules import Continue, Plateau, Schedule
 from lightning_adaptive.settings import Settings
+from lightning_adaptive.triggers import Memory, Seen, Trigger
 
 _POLICIES = ("error", "config", "checkpoint")
 
@@ -44,6 +45,7 @@ class SwitchState:
         schedule_step: the same of its schedule, which began earlier where a switch continues it.
         optimizer: class name of its optimizer, for messages; nothing is imported by it.
         partition: its parameter groups by name.
+        trigger: what the trigger of the next switch has seen.
         shapes: shape of each whole parameter of the groups.
         settings: what the run was configured with, to tell a resumed run what has changed.
     """
@@ -53,6 +55,7 @@ class SwitchState:
     schedule_step: int = 0
     optimizer: str = ""
     partition: Partition = ()
+    trigger: Memory = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     settings: Settings = field(default_factory=dict)
 
@@ -69,6 +72,7 @@ class SwitchState:
             "schedule_step": self.schedule_step,
             "optimizer": self.optimizer,
             "partition": groups,
+            "trigger": dict(self.trigger),
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "settings": dict(self.settings),
         }
@@ -96,6 +100,7 @@ class SwitchState:
                 )
                 for group in state["partition"]
             )
+            trigger = dict(state["trigger"])
             shapes = {str(name): tuple(int(size) for size in shape) for name, shape in state["shapes"].items()}
             settings = {str(key): value for key, value in state["settings"].items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -105,13 +110,13 @@ class SwitchState:
                 f"the switch's state in the checkpoint is damaged: phase {phase}, first step {first_step}, of its schedule "
                 f"{schedule_step}."
             )
-        return cls(phase, first_step, schedule_step, str(state.get("optimizer", "")), partition, shapes, settings)
+        return cls(phase, first_step, schedule_step, str(state.get("optimizer", "")), partition, trigger, shapes, settings)
 
 
 class PlannedPhase(NamedTuple):
-    """A later phase as it was built for a trial at the start of training."""
+    """A later phase as it was built for a trial at the start of training; its first step is ``None`` when a trigger decides it."""
 
-    first_step: int
+    first_step: int | None
     reason: str
     phase: Phase
 
@@ -128,7 +133,7 @@ class OptimizerSwitchCallback(Callback):
         at: moment of the switch, from the start of training: ``30ep``, ``12000st`` or ``70%`` (of the whole training).
         optimizer: factory of the next optimizer, ``partial(torch.optim.SGD, lr=0.1)``. Without a learning rate its class's
             default holds.
-        when: not available yet; ``None``.
+        when: a trigger, which starts the next phase when something is observed; with ``at`` as well, whichever comes first.
         scheduler: the next schedule; ``None`` is constant. A `Schedule`, a factory of a torch scheduler (stepped once an
             epoch, as in Lightning; at each step, where one of its options is a duration, ``T_max="100%"``), or Lightning's
             dictionary around either. ``"continue"`` lets the running schedule go on, with its own clock and first step, on the
@@ -146,7 +151,7 @@ class OptimizerSwitchCallback(Callback):
             groups, accumulation, steps). ``"error"`` says them and ends the run; ``"config"`` gives the running optimizer this
             run's options; ``"checkpoint"`` leaves it those of the checkpoint. Both say what differs, and everything that is not
             an option of the running optimizer is this run's. A class or parameters that do not fit are always an error.
-        dry_run: not available yet; ``False``.
+        dry_run: says when the switch would come, and by which of several triggers, and changes nothing.
         enabled: ``False`` makes the callback do nothing.
 
     Raises:
@@ -166,7 +171,7 @@ class OptimizerSwitchCallback(Callback):
         at: DurationLike | None = None,
         optimizer: OptimizerFactory | None = None,
         *,
-        when: None = None,
+        when: Trigger | None = None,
         scheduler: Schedule | SchedulerConfig | SchedulerFactory | Literal["continue"] | None = None,
         param_groups: Literal["inherit"] | Inherit | ParamGroups = "inherit",
         handover: Literal["own"] | Handover = "own",
@@ -178,12 +183,15 @@ class OptimizerSwitchCallback(Callback):
         enabled: bool = True,
     ) -> None:
         self.enabled = enabled
+        self.dry_run = dry_run
         self.optimizer_index = optimizer_index
         self.then = then if then is not None and then.enabled else None
         self.gradient_clip_val = gradient_clip_val
         self._state = SwitchState()
         self._tensors: dict[str, Tensor] = {}
-        self._moments: tuple[int, ...] = ()
+        self._moments: tuple[int | None, ...] = ()
+        self._asked = False
+        self._looked = 0
         self._trainer_clip_val: float | None = None
         self._stop_reading: Callable[[], None] | None = None
         self._fitting = True
@@ -194,23 +202,28 @@ class OptimizerSwitchCallback(Callback):
         self._configured: Partition | None = None
         if not enabled:
             return
-        _refuse("when", when, None)
         if isinstance(optimizer_index, bool) or not isinstance(optimizer_index, int) or optimizer_index < 0:
             raise ConfigTypeError(f"{optimizer_index!r} is no index. Write a whole number from 0 on.", "optimizer_index")
         if on_resume not in _POLICIES:
             raise ConfigError(f"{on_resume!r} is no policy. Write {', '.join(map(repr, _POLICIES))}.", "on_resume")
         self.on_resume = on_resume
-        _refuse("dry_run", dry_run, False)
-        if at is None:
-            raise ConfigError("a switch needs its moment: 5ep (epochs), 5st (optimizer steps) or 5% (of training).", "at")
+        self.when = _default_if_empty(when, None)
+        if self.when is not None and not isinstance(self.when, Trigger):
+            raise ConfigTypeError(f"{when!r} is no trigger. Write one, OnPlateau(monitor='val/loss') or another.", "when")
+        if at is None and self.when is None:
+            raise ConfigError(
+                "a switch needs its moment: 5ep (epochs), 5st (optimizer steps) or 5% (of training); or a trigger (when).", "at"
+            )
         if optimizer is None:
             raise ConfigError("a switch needs the factory of its next optimizer, for example partial(SGD, lr=0.1).", "optimizer")
-        self.at = Duration.parse(at, key="at")
+        self.at = None if at is None else Duration.parse(at, key="at")
         check_factory(optimizer, Optimizer, "optimizer")
         self.optimizer = optimizer
         self.scheduler = Continue() if scheduler == "continue" else _default_if_empty(scheduler, None)
-        if self.then is not None and (self.then.optimizer_index != 0 or self.then.on_resume != "error"):
-            raise ConfigError("optimizer_index and on_resume are given to the first switch, and hold for those after it.", "then")
+        if self.then is not None and (self.then.optimizer_index != 0 or self.then.on_resume != "error" or self.then.dry_run):
+            raise ConfigError(
+                "optimizer_index, on_resume and dry_run are given to the first switch, and hold for those after it.", "then"
+            )
         self.param_groups = _param_groups(_default_if_empty(param_groups, "inherit"))
         self.handover = Handover.of(_default_if_empty(handover, "own"))
         _check_clip_val(gradient_clip_val)
@@ -238,7 +251,19 @@ class OptimizerSwitchCallback(Callback):
         if not self.enabled:
             return f"{type(self).__name__}(enabled=False)"
         then = f", then={self.then!r}" if self.then else ""
-        return f"{type(self).__name__}(at={str(self.at)!r}{then})"
+        when = f", when={self.when}" if self.when else ""
+        return f"{type(self).__name__}(at={None if self.at is None else str(self.at)!r}{when}{then})"
+
+    def switch_now(self) -> None:
+        """Asks for the next switch, on any rank; it comes when its trigger `Manual` looks next.
+
+        Raises:
+            ConfigError: when the next switch has no such trigger.
+        """
+        chain = self.chain[self.phase :]
+        if not chain or chain[0].when is None or not chain[0].when.manual():
+            raise ConfigError("this switch cannot be asked for. Give it the trigger Manual(), alone or among others.", "when")
+        self._asked = True
 
     # Lightning's hooks
 
@@ -255,6 +280,8 @@ class OptimizerSwitchCallback(Callback):
         trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
         if trainer.global_step < self._state.first_step:
             self._state = SwitchState()  # another Trainer: what an earlier one reached does not hold here
+        elif trainer.global_step == 0:
+            self._state = replace(self._state, trigger={})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.enabled:
@@ -275,18 +302,25 @@ class OptimizerSwitchCallback(Callback):
         self._options = _options(placement.optimizer)
         name, shapes = class_name(placement.optimizer), strategies.full_shapes(trainer)
         if self._state.phase == 0:
-            self._state, self._configured = SwitchState(optimizer=name, partition=partition, shapes=shapes), partition
+            begun = SwitchState(optimizer=name, partition=partition, trigger=self._state.trigger, shapes=shapes)
+            self._state, self._configured = begun, partition
             self._check_fit()
         else:
             self._restore_phase(trainer, shapes)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.enabled:
+            self._check_triggers(trainer)
             self._plan(trainer)
             self._log_phase(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._is_due(trainer, batch_idx):
+        if not self._is_due(trainer, batch_idx):
+            return
+        if self.dry_run:
+            self._tell(trainer, {"at": f"at={self.chain[0].at} was reached"})
+            self._moments = (None, *self._moments[1:])
+        else:
             self._switch(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -297,6 +331,22 @@ class OptimizerSwitchCallback(Callback):
                     f"The first step of {self._state.optimizer} (step {self.first_step}) was skipped, because its gradients were "
                     "not finite. It counts as a step."
                 )
+
+        manual = self._watching.manual() if self._watching and trainer.global_step != self._looked else ()
+        self._looked = trainer.global_step
+        if any(trainer.global_step % trigger.every_n_steps == 0 for trigger in manual):
+            self._observe(trainer, asked=strategies.is_asked(trainer, self._asked, [trigger.file for trigger in manual]))
+            self._asked = False
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        names = self._watching.monitors() if self._watching else ()
+        if names and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._observe(trainer, metrics=strategies.agreed_metrics(trainer, names))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._moments and not self.dry_run:
+            switch = self.chain[self.phase]
+            rank_zero_info(f"NO SWITCH: training ended at step {trainer.global_step}, before {switch._words()}.")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._let_go(trainer)
@@ -314,7 +364,7 @@ class OptimizerSwitchCallback(Callback):
     def _check_manual(self, placement: strategies.Plain) -> None:
         """Refuses what has no meaning where the module steps optimizers and schedulers itself."""
         for index, switch in enumerate(self.chain):
-            if switch.at.unit != "st":
+            if switch.at is not None and switch.at.unit != "st":
                 raise ConfigError(
                     f"{switch.at} cannot be counted under manual optimization, where steps count every step() of each optimizer. "
                     "Write it in such steps (st).",
@@ -348,19 +398,27 @@ class OptimizerSwitchCallback(Callback):
         for index, switch in enumerate(self.chain[self.phase :], start=self.phase):
             try:
                 moment = switch._moment(clock, previous, is_first=index == 0)
+                # Where only a trigger decides, the next step is as good a moment for a trial as any other.
+                previous = previous + 1 if moment is None else moment
                 partition = switch._partition(partition, trainer)
-                phase_clock = replace(clock, first_step=moment)
-                schedule, begun = switch._schedule(running, begun, moment)
-                phase = phases.build(switch.optimizer, schedule, partition, self._tensors, phase_clock, moment - begun)
+                phase_clock = replace(clock, first_step=previous)
+                schedule, begun = switch._schedule(running, begun, previous)
+                phase = phases.build(switch.optimizer, schedule, partition, self._tensors, phase_clock, previous - begun)
                 running = phase.lr_scheduler
                 placement.check_next(phase.optimizer, phase.lr_schedulers, switch.gradient_clip_val)
                 partition = switch._reached(partition, phase.optimizer, trainer)
             except ConfigError as error:
                 raise error.within(_key(index)) from None
-            yield PlannedPhase(moment, f"at={switch.at}", phase)
-            previous = moment
+            yield PlannedPhase(moment, switch._words(), phase)
 
-    def _moment(self, clock: Clock, previous: int, is_first: bool) -> int:
+    def _words(self) -> str:
+        """When it comes, for a person."""
+        words = [f"at={self.at}"] if self.at is not None else []
+        return " or ".join([*words, *([f"when={self.when}"] if self.when else [])])
+
+    def _moment(self, clock: Clock, previous: int, is_first: bool) -> int | None:
+        if self.at is None:
+            return None
         step = self.at.steps(clock, clock.total_steps, key="at")
         if step <= 0:
             raise ConfigError(f"{self.at} is step {step}; the first phase would not make a step. Begin with this optimizer.", "at")
@@ -434,7 +492,8 @@ class OptimizerSwitchCallback(Callback):
     def _settings(self, index: int, optimizer: Optimizer) -> Settings:
         key = _key(index)
         return {
-            f"{key}.at": str(self.at),
+            f"{key}.at": None if self.at is None else str(self.at),
+            f"{key}.when": None if self.when is None else str(self.when),
             **settings.of_optimizer(optimizer, f"{key}.optimizer"),
             f"{key}.scheduler": settings.of_scheduler(self.scheduler),
             f"{key}.param_groups": repr(self.param_groups),
@@ -445,13 +504,65 @@ class OptimizerSwitchCallback(Callback):
     # The switch, in its order: ask, build, exchange, announce
 
     def _is_due(self, trainer: Trainer, batch_idx: int) -> bool:
-        moments = self._moments
-        return bool(moments) and trainer.global_step >= moments[0] and strategies.opens_accumulation_window(trainer, batch_idx)
+        if not self._moments or not strategies.opens_accumulation_window(trainer, batch_idx):
+            return False
+        moment, has_fired = self._moments[0], "fired" in self._state.trigger and not self.dry_run
+        return has_fired or (moment is not None and trainer.global_step >= moment)
+
+    @property
+    def _watching(self) -> Trigger | None:
+        """The trigger of the switch that comes next, while it observes."""
+        return self.chain[self.phase].when if self._moments else None
+
+    def _observe(self, trainer: Trainer, metrics: Mapping[str, float] | None = None, asked: bool = False) -> None:
+        """Lets the trigger see something, and every rank remember the same of it."""
+        trigger, before = self._watching, self._state.trigger
+        assert trigger is not None
+        try:
+            after = trigger.observe(before, Seen(trainer.global_step, _clock(trainer), metrics, asked))
+        except ConfigError as error:
+            raise error.within(f"{_key(self.phase)}.when") from None
+        after = trainer.strategy.broadcast(after)
+        self._state = replace(self._state, trigger=after)
+        if trigger.passed_over(after) > trigger.passed_over(before):
+            rank_zero_warn(f"A metric of {trigger} was not finite at step {trainer.global_step}. It is passed over.")
+        if self.dry_run:
+            told = trigger.reasons(before)
+            self._tell(trainer, {name: reason for name, reason in trigger.reasons(after).items() if name not in told})
+        if metrics is not None:
+            shown = trigger.shows(after)
+            self._log(trainer, {f"switch/{name}": value for name, value in shown.items()})
+
+    def _tell(self, trainer: Trainer, reasons: Mapping[str, str]) -> None:
+        """Says what a dry run would do now."""
+        for name, reason in reasons.items():
+            rank_zero_info(
+                f"DRY RUN at step {trainer.global_step} (epoch {trainer.current_epoch}): "
+                f"{name or 'the trigger'} would switch now, because {reason}."
+            )
+
+    def _check_triggers(self, trainer: Trainer) -> None:
+        """Refuses a trigger that would never see anything."""
+        for index, switch in enumerate(self.chain):
+            key = f"{_key(index)}.when"
+            if switch.when is None:
+                continue
+            if switch.when.monitors() and not trainer.enable_validation:
+                raise ConfigError(
+                    f"{switch.when} looks at a metric after each validation, and this training has none: a module with "
+                    "validation_step, validation data and limit_val_batches above 0 are needed.",
+                    key,
+                )
+            try:
+                switch.when.first_step(_clock(trainer))
+            except ConfigError as error:
+                raise error.within(key) from None
 
     def _switch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         switch = self.chain[self.phase]
         running = strategies.placement(trainer, self.optimizer_index).optimizer
         before, freed, old = phases.describe(running), phases.state_bytes(running), weakref.ref(running)
+        reason = self._state.trigger.get("fired") or f"at={switch.at} was reached"
         del running  # or it could not be freed
         phase, state = self._build_next(trainer, pl_module)
         after = f"{phases.describe(phase.optimizer)} ({_lr_rule(switch.handover, phase.optimizer)})"
@@ -468,7 +579,7 @@ class OptimizerSwitchCallback(Callback):
         self._announce(
             trainer,
             f"SWITCH at step {state.first_step} (epoch {trainer.current_epoch}): {before} -> {after}, "
-            f"because at={switch.at} was reached; {', '.join(facts)}",
+            f"because {reason}; {', '.join(facts)}",
         )
 
     def _build_next(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Phase, SwitchState]:
@@ -509,11 +620,14 @@ class OptimizerSwitchCallback(Callback):
         self._log_phase(trainer)
 
     def _log_phase(self, trainer: Trainer) -> None:
+        self._log(trainer, {"phase": self.phase})
+
+    def _log(self, trainer: Trainer, values: dict[str, float]) -> None:
         for logger in trainer.loggers:
             try:
-                logger.log_metrics({"phase": self.phase}, step=trainer.global_step)
+                logger.log_metrics(values, step=trainer.global_step)
             except Exception as error:  # noqa: BLE001 - a logger may raise anything; a training of a week goes on
-                rank_zero_warn(f"{type(logger).__name__} could not log the phase: {error!r}. Training goes on.")
+                rank_zero_warn(f"{type(logger).__name__} could not log {', '.join(values)}: {error!r}. Training goes on.")
 
     # Resume and end
 
@@ -533,6 +647,7 @@ class OptimizerSwitchCallback(Callback):
             self._state = self._saved
             self._restore_phase(trainer, now.shapes)
         else:
+            self._state = replace(now, trigger=self._saved.trigger)
             self._check_fit()
 
     def _refuse_later_phase(self) -> None:

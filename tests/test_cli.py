@@ -42,7 +42,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 def test_a_run_tells_its_plan_its_config_and_its_end(finished: Finished) -> None:
     assert "PLAN  34 optimizer steps  <- 34 steps an epoch (34 batches, accumulate 1, 1 process), max_epochs 1\n" in finished.out
     # 10 % of 34 steps are 3; the last of 31 steps of the cosine is at cos(pi * 30 / 31).
-    assert "phase 1  AdamW      steps 0..33  cosine, warmup 10%  lr 1.0e-03 -> 7.7e-06  9,978 parameters" in finished.out
+    phase = "phase 1  AdamW      steps 0..33  cosine, warmup 10%  lr 1.0e-03 -> 3.0e-03 (step 2) -> 7.7e-06  9,978 parameters"
+    assert phase in finished.out
     assert "lr: 0.003" in finished.out
     assert "epoch 1/1  step 34  phase 1/1 AdamW" in finished.out
     assert "test   test/acc 0." in finished.out

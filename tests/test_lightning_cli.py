@@ -332,6 +332,7 @@ def test_the_help_of_a_schedule_is_its_docstring_and_that_of_its_bases(name: str
 # Every schedule
 
 NEEDED = {
+    "Plateau": {"monitor": "val/loss"},
     "MultiStep": {"milestones": ["50%", "20st"]},
     "Piecewise": {"pieces": {"high": node("lightning_adaptive.Constant", length="2st"), "low": COSINE}},
     "PerOption": {

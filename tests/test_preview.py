@@ -518,7 +518,7 @@ def test_its_help_is_its_own(command_line: Run) -> None:
 def test_epochs_of_unknown_length_step_nothing_at_their_end() -> None:
     optimizer = SGD([nn.Parameter(torch.ones(2))], lr=0.1)
     phase = Phase(optimizer, [{"scheduler": ExponentialLR(optimizer, 0.5), "interval": "epoch"}])
-    [series] = of_phase(phase, 0, 6, Epoch(None, float("inf"), 1))
+    [series] = of_phase(phase, range(6), Epoch(None, float("inf"), 1))
     assert series.values == [0.1] * 6
 
 

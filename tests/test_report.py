@@ -52,8 +52,8 @@ def test_the_plan_says_what_the_run_then_does(tmp_path: Path) -> None:
     lrs = [f"{lr:.1e}" for lr in planner.lrs]
     assert str(planner.plan).splitlines() == [
         "PLAN  32 optimizer steps  <- 8 steps an epoch (8 batches, accumulate 1, 1 process), max_epochs 4",
-        f"  phase 1  Adam       steps 0..15  cosine, warmup 25%  lr {lrs[0]} -> {lrs[15]}  {weights} parameters  "
-        "<- configure_optimizers",
+        f"  phase 1  Adam       steps 0..15  cosine, warmup 25%  lr {lrs[0]} -> {lrs[7]} (step 7) -> {lrs[15]}  "
+        f"{weights} parameters  <- configure_optimizers",
         f"  phase 2  SGD        steps 16..31  cosine, floor 0.1  lr 1.0e-01 -> {lrs[31]}  {weights} parameters  <- at=50%",
     ]
     assert planner.lrs[0] == pytest.approx(0.01 / 8)

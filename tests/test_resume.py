@@ -319,7 +319,9 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path) -> None:
     ("field_and_value", "message"),
     [
         ({"phase": 10**9}, "the checkpoint was written in phase 1000000000 (SGD), but this run's switch leads only to phase 1. "),
-        ({"phase": -1}, "the switch's state in the checkpoint is damaged: phase -1, first step 16."),
+        ({"phase": -1}, "the switch's state in the checkpoint is damaged: phase -1, first step 16, of its schedule 16."),
+        ({"schedule_step": 17}, "the switch's state in the checkpoint is damaged: phase 1, first step 16, of its schedule 17."),
+        ({"trigger": 5}, "the switch's state in the checkpoint is damaged: TypeError("),
         ({"first_step": "soon"}, "the switch's state in the checkpoint is damaged: ValueError("),
         ({"partition": 7}, "the switch's state in the checkpoint is damaged: TypeError("),
         (
@@ -357,6 +359,8 @@ def test_every_field_of_the_state_survives(tmp_path: Path) -> None:
         "version": 1,
         "phase": 1,
         "first_step": 16,
+        "schedule_step": 16,
+        "trigger": {},
         "optimizer": "SGD",
         "partition": [
             {
@@ -372,6 +376,7 @@ def test_every_field_of_the_state_survives(tmp_path: Path) -> None:
             "optimizer.lr": 0.01,
             "scheduler": "constant",
             "switch.at": "2ep",
+            "switch.when": None,
             "switch.optimizer": "SGD",
             "switch.optimizer.lr": 0.1,
             "switch.optimizer.momentum": 0.9,

@@ -36,6 +36,7 @@ COUNTS = {
     "conf/switch": 3,
     "conf/task": 1,
     "conf/trainer": 9,
+    "conf/trigger": 5,
     "recipes": 10,
 }
 """How many files each folder holds. A new file is entered here, and is then checked by everything below."""
@@ -66,6 +67,8 @@ def override_of(path: Path) -> str:
         return f"hydra/help={name}"
     if group == "handover" or name in ("inherit", "continue"):
         return f"{group}@switch.{group}={name}"
+    if group == "trigger":
+        return f"trigger@switch.when={name}"
     return f"{group}={name}"
 
 
@@ -388,6 +391,33 @@ def test_presets_mean_what_the_classes_mean_by_default(composed: Any) -> None:
     for name in names("param_groups"):  # also by other people's instantiate
         node = composed(f"param_groups@switch.param_groups={name}").switch.param_groups
         assert repr(instantiate(node)) == repr(config.param_groups(node))
+
+
+TRIGGERS = {
+    "plateau": (["monitor=train/loss", "patience=0"], "OnPlateau(monitor=train/loss, patience=0)"),
+    "threshold": (["monitor=train/loss", "below=99"], "OnThreshold(monitor=train/loss, below=99)"),
+    "manual": (["every_n_steps=1"], "Manual(every_n_steps=1)"),
+    "any": ([], "AnyOf(standstill: OnPlateau(monitor=val/loss), asked: Manual())"),
+    "all": (["of.standstill.patience=5"], "AllOf(standstill: OnPlateau(monitor=val/loss, patience=5), asked: Manual())"),
+}
+"""What is changed of each trigger, and what it is then."""
+
+
+@pytest.mark.parametrize("name", names("trigger"))
+def test_a_trigger_builds_whoever_builds_it(name: str, composed: Any) -> None:
+    overrides, words = TRIGGERS[name]
+    whole = composed(f"trigger@switch.when={name}", *(f"switch.when.{override}" for override in overrides))
+    switch = config.switch(whole.switch)
+    assert switch is not None
+    assert str(switch.when) == words
+    assert str(instantiate(whole.switch).when) == words
+
+
+@pytest.mark.parametrize("name", names("trigger"))
+def test_a_trigger_lists_all_its_options(name: str) -> None:
+    node = yaml.safe_load((ROOT / "conf/trigger" / f"{name}.yaml").read_text(encoding="utf-8"))
+    options = {field.name for field in fields(getattr(lightning_adaptive, node["_target_"].rpartition(".")[2]))}
+    assert set(node) - {"_target_", "_convert_", "defaults"} == options
 
 
 @pytest.mark.parametrize("name", names("handover"))

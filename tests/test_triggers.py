@@ -1,0 +1,511 @@
+"""When a switch comes: what triggers see, on one rank and on two, before and after a resume."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch.optim import SGD, Adam
+
+from lightning_adaptive import (
+    AllOf,
+    AnyOf,
+    Clock,
+    ConfigError,
+    Cosine,
+    ExactResume,
+    Manual,
+    OnPlateau,
+    OnThreshold,
+    OptimizerSwitchCallback,
+    Trigger,
+    attach,
+    preview,
+)
+from lightning_adaptive.report import read_curves
+from lightning_adaptive.triggers import Seen
+from tests.cli import Run, result, runs
+from tests.cpu_strategies import STRATEGIES, ShardableNet
+from tests.pair import Pair
+from tests.support import Net, ValidatedNet, digest, loader, trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint")
+
+CLOCK = Clock(steps_per_epoch=10, total_steps=100)
+
+
+def watched(
+    trigger: Trigger, values: Sequence[float], memory: Mapping[str, Any] | None = None, steps: int = 0
+) -> list[dict[str, Any]]:
+    """What is remembered after each of these values of a metric, ten steps apart."""
+    memories = [dict(memory or {})]
+    for step, value in enumerate(values, start=1):
+        seen = Seen(steps + 10 * step, CLOCK, {"val/loss": value, "other": 1.0})
+        memories.append(trigger.observe(memories[-1], seen))
+    return memories[1:]
+
+
+def fires_at(trigger: Trigger, values: Sequence[float]) -> int | None:
+    """Which of the values makes it fire, counted from 0."""
+    return next((index for index, memory in enumerate(watched(trigger, values)) if "fired" in memory), None)
+
+
+# What is seen
+
+
+@pytest.mark.parametrize(
+    ("options", "values", "expected"),
+    [
+        ({"patience": 0}, [3, 2, 2], 2),
+        ({"patience": 2}, [3, 2, 2, 2, 1.9, 2, 2, 2], 7),
+        ({"patience": 1, "min_delta": 0.5}, [3, 2.6, 2.4, 2.2, 2.0], 4),
+        ({"patience": 1, "mode": "max"}, [0.1, 0.3, 0.2, 0.25], 3),
+        ({"patience": 0, "cooldown": 3}, [1, 2, 3, 4, 5], 4),
+        ({"patience": 3}, [3, 2, 1, 0.5], None),
+        ({"patience": 0}, [3, math.nan, 2, math.inf, 1.9, 2.5], 5),
+        ({"patience": 0, "smoothing": 0.5}, [1, 0.5, 0.9], 2),
+        ({"patience": 0, "not_before": "50st"}, [1, 1, 1, 1, 1, 1], 5),
+    ],
+)
+def test_a_plateau(options: dict[str, Any], values: list[float], expected: int | None) -> None:
+    assert fires_at(OnPlateau(monitor="val/loss", **options), values) == expected
+
+
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=40), st.integers(0, 5))
+def test_a_plateau_is_a_run_of_values_that_are_not_below_the_best(values: list[int], patience: int) -> None:
+    def stands(index: int) -> bool:
+        begin = index - patience
+        return begin > 0 and min(values[begin : index + 1]) >= min(values[:begin])
+
+    expected = next((index for index in range(len(values)) if stands(index)), None)
+    assert fires_at(OnPlateau(monitor="val/loss", patience=patience), values) == expected
+
+
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=30), st.floats(0, 0.95))
+def test_smoothing_is_an_average_that_is_corrected_for_its_beginning(values: list[float], share: float) -> None:
+    memories = watched(OnThreshold(monitor="val/loss", above=1e9, smoothing=share), values)
+    weights = [share ** (len(values) - 1 - index) for index in range(len(values))]
+    expected = sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights)
+    assert memories[-1]["value"] == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("trigger", "values", "expected", "reason"),
+    [
+        (OnThreshold(monitor="val/loss", below=0.5), [0.9, 0.5, 0.4], 2, "val/loss is 0.4, below 0.5"),
+        (OnThreshold(monitor="val/loss", above=0.97), [0.9, 0.97, 0.98], 2, "val/loss is 0.98, above 0.97"),
+        (OnPlateau(monitor="val/loss", patience=0), [0.9, 0.95], 1, "val/loss has not been below 0.9 for 1 validations"),
+    ],
+)
+def test_says_why(trigger: Trigger, values: list[float], expected: int, reason: str) -> None:
+    memories = watched(trigger, values)
+    assert fires_at(trigger, values) == expected
+    assert memories[-1]["fired"] == reason
+    assert watched(trigger, [0.0, 99.0], memories[-1], 500) == [memories[-1]] * 2, "it stays fired"
+
+
+def test_any_and_all() -> None:
+    low, high = OnThreshold(monitor="val/loss", below=1.0), OnThreshold(monitor="val/loss", above=2.0)
+    values = [1.5, 0.5, 1.5, 2.5]
+    assert fires_at(AnyOf(of={"low": low, "high": high}), values) == 1
+    assert fires_at(AllOf(of={"low": low, "high": high, "none": None}), values) == 3
+    last = watched(AllOf(of={"low": low, "high": high}), values)[-1]
+    assert last["fired"] == "low: val/loss is 0.5, below 1 and high: val/loss is 2.5, above 2"
+    nested = AnyOf(of={"both": AllOf(of={"low": low, "high": high}), "asked": Manual()}, not_before="30st")
+    assert fires_at(nested, values) is None
+    assert fires_at(nested, [*values, 0.5]) == 4
+    assert nested.monitors() == ("val/loss",)
+    assert nested.manual() == (Manual(),)
+    assert nested.reasons(watched(nested, [*values, 0.5])[-1]) == {
+        "": "both: low: val/loss is 0.5, below 1 and high: val/loss is 2.5, above 2",
+        "both": "low: val/loss is 0.5, below 1 and high: val/loss is 2.5, above 2",
+        "both.low": "val/loss is 0.5, below 1",
+        "both.high": "val/loss is 2.5, above 2",
+    }
+    assert nested.shows(watched(nested, [*values, 0.5])[-1]) == {"both/low/val/loss": 0.5, "both/high/val/loss": 2.5}
+
+
+EVERY: list[Trigger] = [
+    OnPlateau(monitor="val/loss", patience=2, smoothing=0.3, cooldown=1),
+    OnThreshold(monitor="val/loss", below=0.3, smoothing=0.6),
+    AnyOf(of={"a": OnPlateau(monitor="val/loss", patience=4), "b": OnThreshold(monitor="val/loss", above=1.4)}),
+    AllOf(of={"a": OnPlateau(monitor="val/loss", patience=1), "b": OnThreshold(monitor="val/loss", below=0.9)}),
+]
+
+
+@given(st.sampled_from(EVERY), st.lists(st.floats(0, 2), min_size=2, max_size=20), st.data())
+def test_what_is_remembered_is_plain_and_enough(trigger: Trigger, values: list[float], data: st.DataObject) -> None:
+    """Saved and loaded in the middle it goes on as if nothing had been."""
+    stop = data.draw(st.integers(1, len(values) - 1))
+    whole = watched(trigger, values)
+    saved = json.loads(json.dumps(whole[stop - 1]))
+    assert watched(trigger, values[stop:], saved, 10 * stop)[-1] == whole[-1]
+
+
+def test_a_validation_that_is_repeated_at_its_step_is_seen_once() -> None:
+    trigger = OnPlateau(monitor="val/loss", patience=0)
+    first = trigger.observe({}, Seen(10, CLOCK, {"val/loss": 1.0}))
+    assert trigger.observe(first, Seen(10, CLOCK, {"val/loss": 1.0})) == first
+
+
+def test_a_request_is_seen_at_any_time() -> None:
+    trigger = Manual()
+    assert "fired" not in trigger.observe({}, Seen(3, CLOCK))
+    assert trigger.observe({}, Seen(3, CLOCK, asked=True))["fired"] == "it was asked for"
+    assert "fired" not in Manual(not_before="10%").observe({}, Seen(3, CLOCK, asked=True))
+
+
+REFUSED: list[tuple[Any, str]] = [
+    (lambda: OnPlateau(monitor=""), "monitor: '' is no name of a metric. Write one that is logged, val/loss."),
+    (lambda: OnPlateau(monitor="x", mode="maxx"), "mode: 'maxx' is not one of min, max. Did you mean 'max'?"),
+    (lambda: OnPlateau(monitor="x", patience=1.5), "patience: 1.5 is not a whole number. It is a number of validations."),
+    (lambda: OnPlateau(monitor="x", cooldown=-1), "cooldown: -1 is below 0. It is a number of validations."),
+    (lambda: OnPlateau(monitor="x", min_delta=math.nan), "min_delta: nan is no change of a metric. Write a number from 0 on."),
+    (lambda: OnPlateau(monitor="x", smoothing=1), "smoothing: 1 lies outside 0 to below 1. It is a share of the past."),
+    (
+        lambda: OnPlateau(monitor="x", not_before=5),
+        "not_before: 5 has no unit. Write 5ep (epochs), 5st (optimizer steps) or 5%",
+    ),
+    (lambda: OnThreshold(monitor="x"), "above: a threshold is either above or below a value. Give one of the two."),
+    (
+        lambda: OnThreshold(monitor="x", above=1, below=0),
+        "above: a threshold is either above or below a value. Give one of the two.",
+    ),
+    (lambda: OnThreshold(monitor="x", below="low"), "below: 'low' is not a number."),
+    (lambda: OnThreshold(monitor="x", above=math.inf), "above: inf is never passed. Write a finite number."),
+    (lambda: Manual(file="../x"), "file: '../x' is no name of a file in the run's folder."),
+    (lambda: Manual(every_n_steps=0), "every_n_steps: 0 is no number of steps. Write a whole number from 1 on."),
+    (lambda: AnyOf(of={}), "of: is empty. Write at least one trigger, by name."),
+    (lambda: AnyOf(of=[Manual()]), "of: [Manual("),
+    (lambda: AllOf(of={"a": "plateau"}), "of.a: 'plateau' is no trigger."),
+]
+
+
+@pytest.mark.parametrize(("build", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_refuses(build: Any, message: str) -> None:
+    with pytest.raises((ValueError, TypeError)) as caught:
+        build()
+    assert str(caught.value).startswith(message)
+
+
+# In runs
+
+
+class Scripted(ValidatedNet):
+    """Logs the given values as its metric, one for each validation; the sanity check sees the best that there could be."""
+
+    def __init__(self, values: Sequence[float], by_rank: float = 0.0) -> None:
+        super().__init__()
+        self.values = list(values)
+        self.by_rank = by_rank
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        value = -100.0 if self.trainer.sanity_checking else self.values[min(self.trainer.current_epoch, len(self.values) - 1)]
+        self.log("val/loss", value + self.by_rank * self.trainer.global_rank)
+
+
+class Steps(Callback):
+    """The class that made each step."""
+
+    def __init__(self) -> None:
+        self.classes: list[str] = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self.classes.append(type(optimizer).__name__)
+
+    @property
+    def first_sgd(self) -> int | None:
+        return self.classes.index("SGD") if "SGD" in self.classes else None
+
+
+def switch(when: Trigger | None, at: str | None = None, **options: Any) -> OptimizerSwitchCallback:
+    return OptimizerSwitchCallback(at, partial(SGD, lr=0.02, momentum=0.9), when=when, **options)
+
+
+def fit(module: Net, *callbacks: Callback, ckpt_path: Any = None, **options: Any) -> Steps:
+    steps = Steps()
+    saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    runner = trainer(**{"max_epochs": 5, "callbacks": [*callbacks, steps], "enable_checkpointing": saves, **options})
+    runner.fit(module, loader(), loader(), ckpt_path=ckpt_path, weights_only=True)
+    return steps
+
+
+PLATEAU = OnPlateau(monitor="val/loss", patience=1)
+STANDS = [1.0, 0.5, 0.6, 0.7, 0.1]
+"""Its plateau is seen after the fourth epoch."""
+
+
+def test_a_plateau_switches_at_the_next_step_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        assert fit(Scripted(STANDS), switch(PLATEAU)).first_sgd == 32
+    [line] = [line for line in caplog.messages if line.startswith("SWITCH")]
+    assert line.startswith(
+        "SWITCH at step 32 (epoch 4): Adam lr 1.0e-02 -> SGD lr 2.0e-02 (own), because val/loss has not been below "
+    )
+
+
+def test_whichever_comes_first() -> None:
+    assert fit(Scripted(STANDS), switch(PLATEAU, "2ep")).first_sgd == 16
+    assert fit(Scripted(STANDS), switch(PLATEAU, "39st")).first_sgd == 32
+    assert fit(Scripted([5.0, 4.0, 3.0, 2.0, 1.0]), switch(PLATEAU, "35st")).first_sgd == 35
+
+
+def test_a_sanity_check_is_not_seen() -> None:
+    assert fit(Scripted(STANDS), switch(PLATEAU), num_sanity_val_steps=2).first_sgd == 32
+
+
+def test_a_trigger_of_a_later_switch_sees_only_its_own_phase() -> None:
+    values = [1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    quick = OnPlateau(monitor="val/loss", patience=0)
+    then = OptimizerSwitchCallback(optimizer=partial(Adam, lr=0.01), when=quick)
+    steps = fit(Scripted(values), switch(quick, then=then), max_epochs=6)
+    assert [name for name, _ in itertools.groupby(steps.classes)] == ["Adam", "SGD", "Adam"]
+    assert (steps.classes.index("SGD"), steps.classes.index("Adam", 16)) == (16, 32)
+
+
+def test_validations_within_an_epoch_count() -> None:
+    class Rising(ValidatedNet):
+        count = 0
+
+        def on_validation_epoch_end(self) -> None:
+            self.count += not self.trainer.sanity_checking
+            self.log("val/rise", float(self.count))
+
+    assert fit(Rising(), switch(OnThreshold(monitor="val/rise", above=2)), val_check_interval=2).first_sgd == 6
+
+
+def test_a_switch_waits_for_the_beginning_of_a_window() -> None:
+    class Late(ValidatedNet):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val/loss", 0.0)
+
+    trigger = OnThreshold(monitor="val/loss", below=1)
+    steps = fit(Late(), switch(trigger), val_check_interval=3, accumulate_grad_batches=4)
+    assert steps.first_sgd == 1  # seen after the third of eight batches, in the first window of four
+
+
+def test_a_metric_that_is_not_logged_ends_the_run_at_the_first_validation() -> None:
+    steps: list[int] = []
+
+    class Counting(Scripted):
+        def on_train_batch_end(self, *_: Any) -> None:
+            steps.append(1)
+
+    with pytest.raises(ConfigError) as caught:
+        fit(Counting(STANDS), switch(OnPlateau(monitor="val_loss")))
+    assert str(caught.value) == (
+        "switch.when.monitor: 'val_loss' was not logged. Did you mean 'val/loss'? Logged: train/loss, val/loss."
+    )
+    assert len(steps) == 8
+
+
+def test_a_value_that_is_not_finite_is_passed_over_and_said() -> None:
+    with pytest.warns(UserWarning, match=r"^A metric of OnPlateau\(monitor=val/loss, patience=1\) was not finite at step 16\."):
+        assert fit(Scripted([1.0, math.nan, 1.0, 1.0, 1.0]), switch(PLATEAU)).first_sgd == 32
+
+
+def test_without_validation_there_is_nothing_to_see() -> None:
+    with pytest.raises(ConfigError) as caught:
+        fit(Scripted(STANDS), switch(PLATEAU), limit_val_batches=0)
+    assert str(caught.value) == (
+        "switch.when: OnPlateau(monitor=val/loss, patience=1) looks at a metric after each validation, and this training has none: "
+        "a module with validation_step, validation data and limit_val_batches above 0 are needed."
+    )
+
+
+def test_a_switch_that_never_came_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        assert fit(Scripted([5.0, 4.0, 3.0, 2.0, 1.0]), switch(PLATEAU)).first_sgd is None
+    assert "NO SWITCH: training ended at step 40, before when=OnPlateau(monitor=val/loss, patience=1)." in caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "at: a switch needs its moment: 5ep (epochs), 5st (optimizer steps) or 5% (of training); or a trigger (when)."),
+        ({"when": "plateau"}, "when: 'plateau' is no trigger. Write one, OnPlateau(monitor='val/loss') or another."),
+        (
+            {"at": "5ep", "then": switch(PLATEAU, dry_run=True)},
+            "then: optimizer_index, on_resume and dry_run are given to the first switch, and hold for those after it.",
+        ),
+    ],
+)
+def test_a_switch_refuses(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError)) as caught:
+        OptimizerSwitchCallback(optimizer=partial(SGD, lr=0.1), **options)
+    assert str(caught.value) == message
+
+
+# By a person
+
+
+def test_a_file_switches_and_is_taken_away(tmp_path: Path) -> None:
+    class Asking(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == 11:
+                (tmp_path / "SWITCH").touch()
+
+    manual = switch(AnyOf(of={"plateau": OnPlateau(monitor="val/loss", patience=9), "asked": Manual(every_n_steps=5)}))
+    assert fit(Scripted(STANDS), Asking(), manual, default_root_dir=str(tmp_path)).first_sgd == 15
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_program_may_ask() -> None:
+    manual = switch(Manual(every_n_steps=1))
+
+    class Asking(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == 6:
+                manual.switch_now()
+
+    assert fit(Scripted(STANDS), manual, Asking(), limit_val_batches=0).first_sgd == 7
+
+
+def test_a_switch_without_the_trigger_cannot_be_asked() -> None:
+    with pytest.raises(ConfigError) as caught:
+        switch(PLATEAU).switch_now()
+    assert str(caught.value) == "when: this switch cannot be asked for. Give it the trigger Manual(), alone or among others."
+
+
+# Dry run
+
+
+def test_a_dry_run_tells_of_each_trigger_and_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    watching = AnyOf(of={"half": OnThreshold(monitor="val/loss", below=0.55), "plateau": PLATEAU})
+    with caplog.at_level("INFO"):
+        dry = Scripted(STANDS)
+        assert fit(dry, switch(watching, "20st", dry_run=True)).first_sgd is None
+    plain = Scripted(STANDS)
+    fit(plain)
+    assert digest(dry) == digest(plain)
+    assert [line for line in caplog.messages if "DRY RUN" in line or "SWITCH" in line] == [
+        "DRY RUN at step 16 (epoch 1): the trigger would switch now, because half: val/loss is 0.5, below 0.55.",
+        "DRY RUN at step 16 (epoch 1): half would switch now, because val/loss is 0.5, below 0.55.",
+        "DRY RUN at step 20 (epoch 2): at would switch now, because at=20st was reached.",
+        "DRY RUN at step 32 (epoch 3): plateau would switch now, because val/loss has not been below 0.5 for 2 validations.",
+    ]
+
+
+# Resume
+
+
+@pytest.mark.parametrize("step", [3, 8, 12, 16, 24, 28, 32, 36])
+def test_a_resume_within_what_is_observed_switches_at_the_same_step(step: int, tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1, save_on_train_epoch_end=False)
+    smooth = OnPlateau(monitor="val/loss", patience=1, smoothing=0.2)
+
+    def run(ckpt_path: Path | None = None, *callbacks: Callback) -> tuple[list[str], str]:
+        module = Scripted(STANDS)
+        return fit(module, switch(smooth), ExactResume(), *callbacks, ckpt_path=ckpt_path).classes, digest(module)
+
+    classes, weights = run(None, saver)
+    assert "SGD" in classes
+    assert run(tmp_path / f"step={step}.ckpt") == (classes[step:], weights)
+
+
+def test_what_is_remembered_lies_in_the_checkpoint_in_plain_values(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=12, save_on_train_epoch_end=False)
+    fit(Scripted(STANDS), switch(PLATEAU), saver)
+    states = torch.load(tmp_path / "step=12.ckpt", weights_only=True)["callbacks"]
+    [state] = [state for key, state in states.items() if key.startswith("OptimizerSwitch")]
+    assert state["trigger"] == {"step": 8, "count": 1, "average": 1.0, "value": 1.0, "best": 1.0, "waited": 0}
+
+
+# Two ranks
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2 sharded"])
+def test_ranks_that_see_different_values_decide_together(name: str, pair: Pair) -> None:
+    """Rank 0 sees 0.5 after the second epoch, rank 1 sees 0.9: the mean is 0.7, and below 0.65 only after the third."""
+    [one, other] = pair.run(scripted_pair, name)
+    assert one == other
+    assert one.index("SGD") == 12
+
+
+class ScriptedShardable(ShardableNet, Scripted):
+    pass
+
+
+def scripted_pair(name: str) -> list[str]:
+    trigger = OnThreshold(monitor="val/loss", below=0.65)
+    module = ScriptedShardable([1.0, 0.5, 0.4, 0.3], by_rank=0.4)
+    steps = Steps()
+    runner = trainer(strategy=STRATEGIES[name](), devices=2, max_epochs=4, callbacks=[switch(trigger), steps])
+    runner.fit(module, loader(), loader())
+    return steps.classes
+
+
+def test_one_rank_may_ask_for_all(pair: Pair) -> None:
+    [one, other] = pair.run(asked_by_one)
+    assert one == other
+    assert one.index("SGD") == 4
+
+
+def asked_by_one() -> list[str]:
+    manual, steps = switch(Manual(every_n_steps=2)), Steps()
+
+    class Asking(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == 2 and trainer.global_rank == 1:
+                manual.switch_now()
+
+    runner = trainer(strategy="ddp", devices=2, max_epochs=2, callbacks=[manual, Asking(), steps], limit_val_batches=0)
+    runner.fit(Net(), loader())
+    return steps.classes
+
+
+# What a user sees
+
+
+def test_what_the_trigger_sees_is_logged(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, name="", version="")
+    fit(Scripted(STANDS), switch(PLATEAU), logger=logger)
+    logger.save()
+    curves = read_curves(tmp_path / "metrics.csv")
+    assert curves["switch/waited"] == ([8, 16, 24, 32], [0.0, 0.0, 1.0, 2.0])
+    assert curves["switch/best"] == ([8, 16, 24, 32], [1.0, 0.5, 0.5, 0.5])
+
+
+def test_the_plan_leaves_open_when_a_trigger_decides() -> None:
+    module = attach(Scripted(STANDS), optimizer=partial(Adam, lr=0.1), scheduler=Cosine())
+    runner = trainer(max_epochs=5, callbacks=[switch(PLATEAU, scheduler=Cosine())])
+    lines = str(preview(runner, module, loader())).splitlines()
+    assert re.match(r"  phase 1  Adam       steps 0\.\.\?  cosine  lr 1\.0e-01  676 parameters", lines[1])
+    assert re.match(r"  phase 2  SGD        steps \?\.\.39  cosine  lr 2\.0e-02  676 parameters", lines[2])
+    assert lines[2].endswith("  <- when=OnPlateau(monitor=val/loss, patience=1)")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["trigger@switch.when=threshold", "switch.when.monitor=val/acc", "switch.when.above=0"], "val/acc is "),
+        (
+            ["trigger@switch.when=any", "+trigger@switch.when.of.good=threshold", "switch.when.of.good.below=99"],
+            "good: val/loss is ",
+        ),
+        (["trigger@switch.when=plateau", "switch.when.min_delta=99", "switch.when.patience=0"], "val/loss has not been below "),
+    ],
+)
+def test_the_command_line_switches_by_a_trigger(
+    overrides: list[str], words: str, train: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    short = ("trainer.max_epochs=4", "trainer.limit_train_batches=4", "trainer.log_every_n_steps=1", "test=false")
+    with caplog.at_level("INFO"):
+        ended = train(*short, "switch.at=null", *overrides)
+    assert ended.code == 0, ended.err
+    assert f"because {words}" in caplog.text
+    [folder] = runs(tmp_path)
+    assert [phase["optimizer"] for phase in result(folder)["phases"]] == ["Adam", "SGD"]
