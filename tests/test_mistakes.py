@@ -23,7 +23,7 @@ FLAGS = (
     "--help, --hydra-help, --version, --run, --multirun, --resolve, --shell-completion, --cfg, --package, --config-path, "
     "--config-name, --config-dir, --experimental-rerun, --trust, --info"
 )
-KINDS = "optimizers, schedulers, param_groups, switches, handovers, recipes, tasks, trainers, loggers, callbacks"
+KINDS = "optimizers, schedulers, param_groups, switches, triggers, handovers, recipes, tasks, trainers, loggers, callbacks"
 UNITS = "Write {0}ep (epochs), {0}st (optimizer steps) or {0}% (of training)."
 NO_LR = "is no learning rate. It is finite and above zero."
 
@@ -88,7 +88,10 @@ MISTAKES: list[tuple[str, str]] = [
         "switch.at=-3ep",
         "switch.at: '-3ep' is not a duration. Write a number and its unit: 5ep (epochs), 5st (optimizer steps) or 5%.",
     ),
-    ("switch.at=null", "switch.at: a switch needs its moment: 5ep (epochs), 5st (optimizer steps) or 5% (of training)."),
+    (
+        "switch.at=null",
+        "switch.at: a switch needs its moment: 5ep (epochs), 5st (optimizer steps) or 5% (of training); or a trigger (when).",
+    ),
     ("scheduler.warmup=3", f"scheduler.warmup: 3 has no unit. {UNITS.format(3)}"),
     ("switch.scheduler.warmup=3", f"switch.scheduler.warmup: 3 has no unit. {UNITS.format(3)}"),
     ("scheduler.length=0ep", "scheduler.length: '0ep' is no length. Write a duration above zero, or null."),
@@ -132,6 +135,24 @@ MISTAKES: list[tuple[str, str]] = [
         "optimizer._target_: 'os.system' lies in the standard library, which a config may never name.",
     ),
     ("optimizer._target_=torch.optim.Addam", "optimizer._target_: torch.optim has no 'Addam'. Did you mean 'Adam'?"),
+    (
+        "trigger@switch.when=plateau +trainer.limit_val_batches=0 switch.at=null",
+        "switch.when: OnPlateau(monitor=val/loss) looks at a metric after each validation, and this training has none: a module "
+        "with validation_step, validation data and limit_val_batches above 0 are needed.",
+    ),
+    (
+        "trigger@switch.when=plateau switch.when.monitor=val_loss trainer.max_epochs=2 switch.at=null",
+        "switch.when.monitor: 'val_loss' was not logged. Did you mean 'val/loss'? Logged: train/loss, lr, val/acc, "
+        "val/calibration_error, val/f1, val/loss.",
+    ),
+    (
+        "trigger@switch.when=threshold",
+        "switch.when.above: a threshold is either above or below a value. Give one of the two.",
+    ),
+    (
+        "switch.when=plateau",
+        "switch.when: 'plateau' is a word where a node belongs. To choose a file of the group, write trigger@switch.when=plateau.",
+    ),
     ("scheduler.warmup=20ep trainer.max_epochs=10", "scheduler.warmup: 20ep is 680 steps, but the schedule spans only 340."),
     (
         "'+param_groups.slow={match: net.0.*, lrscale: 0.1}'",

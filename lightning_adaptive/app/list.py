@@ -14,6 +14,7 @@ KINDS = {
     "schedulers": "scheduler",
     "param_groups": "param_groups",
     "switches": "switch",
+    "triggers": "trigger",
     "handovers": "handover",
     "recipes": "recipe",
     "tasks": "task",
