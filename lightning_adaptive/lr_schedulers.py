@@ -262,14 +262,21 @@ def _counted(factory: SchedulerFactory, clock: Clock) -> tuple[SchedulerFactory,
 def _check_driven(option: str, optimizer: Optimizer) -> None:
     name, found = type(optimizer).__name__, [base for _, _, base in _bases(option, optimizer)]
     if not found:
-        group = optimizer.param_groups[0]
-        bases = {key for key in group if key.removeprefix("initial_") in group and key.startswith("initial_")}
-        known = [key for key, value in group.items() if _is_number(value) and key != "lr" and key not in bases]
-        known += ["momentum"] if _is_betas(group.get("betas")) else []
+        known = list(dict.fromkeys(name for group in optimizer.param_groups for name in _numbers(group)))
         advice = did_you_mean(option, known) or (" momentum stands for beta1." if option in ("beta1", "betas") else "")
         raise ConfigError(f"{name} has no number {option!r} to drive.{advice} Numbers: {', '.join(known)}.")
     if not any(_first(base) for base in found):
         raise ConfigError(f"{option} of {name} is 0 in every group, so a schedule of it does nothing.")
+
+
+def _numbers(group: Mapping[str, Any]) -> Iterator[str]:
+    """Names of the options that a schedule may drive, the learning rate left out."""
+    for key, value in group.items():
+        is_base = key.startswith("initial_") and key.removeprefix("initial_") in group
+        if _is_number(value) and key != "lr" and not is_base:
+            yield key
+    if _is_betas(group.get("betas")):
+        yield "momentum"
 
 
 def _bases(option: str, optimizer: Optimizer) -> Iterator[tuple[int, str, Any]]:

@@ -841,11 +841,6 @@ def _impose_options(placement: strategies.Plain, options: list[dict[str, Any]]) 
         config.scheduler.base_lrs = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
 
 
-def _refuse(option: str, value: Any, default: Any, shown: str = "") -> None:
-    if value != default:
-        raise ConfigError(f"{shown or repr(value)} is not available yet.", option)
-
-
 def _default_if_empty(value: Any, default: Any) -> Any:
     """A slot that a configuration left empty (``{}`` or ``null``) means its default."""
     return default if value is None or (isinstance(value, Mapping) and not value) else value

@@ -354,7 +354,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "no moment": (
         switch(at=None),
-        "switch.at: a switch needs its moment: 5ep (epochs), 5st (optimizer steps) or 5% (of training).",
+        "switch.at: a switch needs its moment: 5ep (epochs), 5st (optimizer steps) or 5% (of training); or a trigger (when).",
     ),
     "no optimizer": (
         switch(optimizer=None),

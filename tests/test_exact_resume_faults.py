@@ -799,7 +799,9 @@ def memory(tmp_path: Path) -> Iterator[Path]:
 def test_a_kill_while_saving_never_leaves_a_broken_checkpoint(tmp_path: Path, memory: Path) -> None:
     chooser = random.Random(5)
     partials = 0
-    for number in range(8):
+    for number in range(40):
+        if partials and number >= 8:
+            break
         folder = tmp_path / str(number)
         left = kill_while_saving(folder, memory, True, chooser)
         assert checkpoints.fault(folder / "last.ckpt") == ""

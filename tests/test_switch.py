@@ -408,7 +408,7 @@ def test_a_loader_without_length_counts_in_steps() -> None:
         (
             {"at": None},
             ValueError,
-            "at: a switch needs its moment: 5ep (epochs), 5st (optimizer steps) or 5% (of training).",
+            "at: a switch needs its moment: 5ep (epochs), 5st (optimizer steps) or 5% (of training); or a trigger (when).",
         ),
         (
             {"optimizer": None},
@@ -420,15 +420,13 @@ def test_a_loader_without_length_counts_in_steps() -> None:
             TypeError,
             "optimizer: a SGD that is already built holds its own parameters. Pass a factory: partial(SGD, ...) from functools.",
         ),
-        ({"when": "plateau"}, ValueError, "when: 'plateau' is not available yet."),
         ({"optimizer_index": -1}, TypeError, "optimizer_index: -1 is no index. Write a whole number from 0 on."),
         (
             {"then": OptimizerSwitchCallback(at="3ep", optimizer=TO_SGD, on_resume="config")},
             ValueError,
-            "then: optimizer_index and on_resume are given to the first switch, and hold for those after it.",
+            "then: optimizer_index, on_resume and dry_run are given to the first switch, and hold for those after it.",
         ),
         ({"on_resume": "both"}, ValueError, "on_resume: 'both' is no policy. Write 'error', 'config', 'checkpoint'."),
-        ({"dry_run": True}, ValueError, "dry_run: True is not available yet."),
         (
             {"handover": "smooth"},
             ValueError,
