@@ -83,7 +83,7 @@ class Command:
     def text(self) -> str:
         return self.output.read_text()
 
-    def wait_for(self, pattern: str, timeout: float = 90) -> None:
+    def wait_for(self, pattern: str, timeout: float = 240) -> None:
         """Returns when the output has the pattern."""
         _until(lambda: bool(re.search(pattern, self.text)) or self.process.poll() is not None, timeout, f"no {pattern!r}")
         assert re.search(pattern, self.text), f"ended with {self.process.returncode}:\n{self.text}"
