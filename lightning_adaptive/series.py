@@ -65,7 +65,7 @@ def of_phase(phase: Phase, steps: range, epoch: Epoch) -> tuple[Series, ...]:
     """
     first, shown = steps.start, [*steps[: -1 : max(1, len(steps) // MOST_POINTS)], steps[-1]]
     scheduler = phase.lr_scheduler
-    if isinstance(scheduler, ScheduleLR):
+    if isinstance(scheduler, ScheduleLR) and len(_moving(phase)) == 1:
         points = [scheduler.values_at(step - first) for step in shown]
     else:
         wanted = set(shown)
@@ -94,23 +94,28 @@ def corners(factor: Callable[[int], float], last: int) -> list[int]:
 
 
 def _stepped(phase: Phase, steps: range, epoch: Epoch) -> Iterator[Values]:
-    around = phase.lr_schedulers[0]
-    scheduler, interval, frequency = around["scheduler"], around.get("interval", "epoch"), around.get("frequency", 1)
-    moves = scheduler is not None and not isinstance(scheduler, ReduceLROnPlateau)
+    moving = _moving(phase)
     before = [dict(group) for group in phase.optimizer.param_groups]
-    state = copy.deepcopy(scheduler.state_dict()) if moves else None
+    states = [copy.deepcopy(around["scheduler"].state_dict()) for around in moving]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch misses the optimizer's steps
             for step in steps:
                 yield _values(phase.optimizer)
-                if moves and _is_due(step, interval, frequency, epoch):
-                    scheduler.step()
+                for around in moving:
+                    if _is_due(step, around.get("interval", "epoch"), around.get("frequency", 1), epoch):
+                        around["scheduler"].step()
     finally:
         for group, kept in zip(phase.optimizer.param_groups, before, strict=True):
             group.update(kept)
-        if moves:
-            scheduler.load_state_dict(state)
+        for around, state in zip(moving, states, strict=True):
+            around["scheduler"].load_state_dict(state)
+
+
+def _moving(phase: Phase) -> list[dict[str, Any]]:
+    """The phase's schedulers that go on with time alone; a module of a user's may have several for one optimizer."""
+    schedulers = [around for around in phase.lr_schedulers if around["scheduler"] is not None]
+    return [around for around in schedulers if not isinstance(around["scheduler"], ReduceLROnPlateau)]
 
 
 def _is_due(step: int, interval: str, frequency: int, epoch: Epoch) -> bool:

@@ -98,12 +98,22 @@ class Configured(Net):
         return [optimizer], [{"scheduler": StepLR(optimizer, 2, gamma=0.5), "interval": "step", "frequency": 3}]
 
 
+class Doubled(Net):
+    """Two schedulers for one optimizer, which multiply."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = SGD(self.parameters(), lr=0.1)
+        falling = {"scheduler": ExponentialLR(optimizer, 0.9), "interval": "step"}
+        return [optimizer], [falling, {"scheduler": StepLR(optimizer, 1, gamma=0.1)}]
+
+
 sgd = partial(SGD, lr=0.02, momentum=0.9, weight_decay=0.1)
 adamw = partial(AdamW, lr=0.1, betas=(0.9, 0.8), weight_decay=0.3)
 RUNS: dict[str, tuple[Callable[[], Net], Callable[[], OptimizerSwitchCallback | None], dict[str, Any]]] = {
     "one phase": (own(adamw, scheduler=Cosine(warmup="20%")), lambda: None, {}),
     "no scheduler of ours": (Net, lambda: None, {}),
     "a module of its own": (Configured, lambda: switch("1ep", adamw, scheduler=Linear()), {}),
+    "two schedulers": (Doubled, lambda: None, {"max_epochs": 3}),
     "groups": (own(adamw, scheduler=Cosine(), param_groups=GROUPS), lambda: switch("9st", sgd, scheduler=Linear()), {}),
     "layers": (own(adamw, param_groups=LayerDecay(0.5)), lambda: switch("1ep", sgd, scheduler=StepDecay(every="3st")), {}),
     "other options": (
