@@ -214,5 +214,6 @@ def test_flags_stand_before_after_and_among_the_overrides(flags: list[str], trai
 def test_info_shows_where_things_come_from(train: Run) -> None:
     ended = train("--info", "searchpath", "optimizer=sgd")
     assert ended.code == 0
-    assert "| lightning-adaptive | lightning_adaptive://recipes |" in ended.out
+    # Hydra pads the columns to the longest path, which depends on where the checkout lies.
+    assert re.search(r"\| lightning-adaptive +\| lightning_adaptive://recipes +\|", ended.out)
     assert "optimizer/sgd" in train("optimizer=sgd", "--info", "defaults").out
