@@ -1,49 +1,462 @@
-"""What crosses a switch: the learning rate, the momentum and the weight decay."""
+"""What crosses a switch: the learning rate, the momentum and the weight decay; and what holds the first updates back."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
-from lightning_adaptive.errors import ConfigError, did_you_mean
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_adaptive import moments
+from lightning_adaptive.combined import class_name
+from lightning_adaptive.durations import Duration, DurationLike
+from lightning_adaptive.errors import ConfigError, ConfigTypeError, did_you_mean
+from lightning_adaptive.param_groups import Group, OptimizerGroup, Partition
+
+Whole = Callable[[Sequence[Tensor], Tensor], Tensor]
+"""Parameters and a row of sums for each, of what lies on this process, to the same sums of the whole parameters; no waiting."""
+
+_KNOWN = "Adam, AdamW, NAdam, RAdam and SGD"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Handover:
     """Rules by which the next phase starts.
 
+    The rules that match look at one step of both optimizers, from the state in the moment of the switch. With Adam's bias-corrected
+    moments ``m, v`` and its current learning rate ``lr``, its step on the mean gradient is ``p = -lr m / (sqrt(v) + eps)``, and SGD
+    at a learning rate of one would step by ``-m``, once its momentum has built up. Of a set of parameters let ``A = p.p``,
+    ``C = -p.m`` and ``D = m.m``. Then, with ``eta`` the learning rate of an SGD that averages,
+
+    * ``match_orthogonal``, ``eta = C / D``, brings SGD's step closest to ``p``: it minimises ``|eta m + p|^2``;
+    * ``match_norm``, ``eta = sqrt(A / D)``, makes both as long;
+    * ``match_projection``, ``eta = A / C``, makes ``p`` the projection of SGD's step onto it: SWATS' estimate (Keskar & Socher
+      2017, arXiv 1712.07628, equation 3), with the mean gradient for the last one.
+
+    ``eta_orthogonal <= eta_norm <= eta_projection``, since ``C^2 <= A D`` (Cauchy & Schwarz). torch's SGD does not average but adds
+    up: on a constant gradient its buffer tends to ``gain = (1 - dampening) / (1 - momentum)`` times it, so its learning rate is
+    ``eta / gain``. Between optimizers of one kind the three are the same learning rate.
+
     Args:
-        lr: ``"own"``: the next phase begins with the learning rate of its own configuration.
-        momentum: ``"zero"``: the next optimizer begins with an empty state.
-        weight_decay: ``"own"``: the next optimizer's configured value.
+        lr: where the next phase's base learning rates come from. ``"own"``: its configuration. ``"keep"``: what each group has
+            now. Or one of the three that match; ``match_projection`` takes the estimate of a trigger `OnProjection` where there is
+            one. A learning rate that a rule of ``param_groups`` gives stays, and ``lr_scale`` of new rules multiplies.
+        scale: multiplies what the rule gives, above 0.
+        per: for which parameters one learning rate is matched: each ``"tensor"``, which then is a group of its own, each
+            ``"group"``, or the whole ``"model"``, whose groups keep their ratios.
+        momentum: ``"zero"``: the next optimizer begins with an empty state. ``"carry"``: with the mean gradient of the running
+            one, as `moments.carried` says; one that is not finite is zero, with a line.
+        weight_decay: ``"own"``: the next optimizer's configured value. ``"match"``: the same shrinkage of the weights per step.
+            AdamW's decay shrinks them by ``lr * weight_decay``, SGD's is part of the gradient and shrinks them by
+            ``lr * weight_decay * gain``. Between optimizers with the same kind of decay its value is kept.
+        guard: the first updates, of the whole model, are held to this multiple of the last phase's ``|p|``; ``None`` for no guard.
+        guard_for: for how many updates, as a duration: ``100st``. While it lasts the weights are there twice.
 
     Raises:
-        ConfigError: for a rule that does not exist.
+        ConfigError: for a rule that does not exist, or a value out of range.
+        ConfigTypeError: for what is not a number.
     """
 
-    lr: Literal["own"] = "own"
-    momentum: Literal["zero"] = "zero"
-    weight_decay: Literal["own"] = "own"
+    lr: Literal["own", "keep", "match_norm", "match_orthogonal", "match_projection"] = "own"
+    scale: float = 1.0
+    per: Literal["tensor", "group", "model"] = "tensor"
+    momentum: Literal["zero", "carry"] = "zero"
+    weight_decay: Literal["own", "match"] = "own"
+    guard: float | None = None
+    guard_for: DurationLike = "100st"
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
             rule, rules = getattr(self, name), get_args(kind)
-            if rule not in rules:
-                raise ConfigError(
-                    f"the rule {rule!r} does not exist or is not available yet. Rules: {', '.join(rules)}."
-                    + did_you_mean(str(rule), rules),
-                    name,
-                )
+            if name in ("lr", "per", "momentum", "weight_decay") and rule not in rules:
+                nearest = did_you_mean(str(rule), rules)
+                raise ConfigError(f"the rule {rule!r} does not exist. Rules: {', '.join(rules)}.{nearest}", name)
+        _check_factor("scale", self.scale)
+        if self.guard is not None:
+            _check_factor("guard", self.guard)
+        object.__setattr__(self, "guard_for", Duration.parse(self.guard_for, key="guard_for"))
 
     @classmethod
     def of(cls, value: Handover | str, key: str = "handover") -> Handover:
-        """A `Handover` from itself or from the name of a preset, which is ``"own"``.
+        """A `Handover` from itself or from the name of a preset.
 
         Raises:
             ConfigError: for an unknown name.
+            ConfigTypeError: for anything else.
         """
         if isinstance(value, cls):
             return value
-        if value == "own":
-            return cls()
-        raise ConfigError(f"{value!r} does not exist or is not available yet. Write 'own' or a Handover.", key)
+        if not isinstance(value, str):
+            raise ConfigTypeError(f"{value!r} is no handover. Write {', '.join(map(repr, PRESETS))} or a Handover.", key)
+        if value not in PRESETS:
+            raise ConfigError(
+                f"{value!r} does not exist. Write {', '.join(map(repr, PRESETS))} or a Handover.{did_you_mean(value, PRESETS)}", key
+            )
+        return PRESETS[value]
+
+    @property
+    def matches(self) -> bool:
+        """Whether the learning rate is found by looking at both optimizers."""
+        return self.lr.startswith("match")
+
+    @property
+    def splits(self) -> bool:
+        """Whether each tensor becomes a group of its own."""
+        return self.matches and self.per == "tensor"
+
+    @property
+    def looks(self) -> bool:
+        """Whether something depends on the running optimizer's state."""
+        return self.matches or self.momentum == "carry" or self.guard is not None
+
+    def check(self, running: Optimizer, following: Optimizer, partition: Partition) -> None:
+        """Refuses rules that have no meaning between two optimizers.
+
+        Args:
+            running: the running optimizer, or one like it.
+            following: the next, built for a trial.
+            partition: the groups for which that was built.
+
+        Raises:
+            ConfigError: naming the rule, and those that have one.
+        """
+        for name in ("lr", "momentum", "guard"):
+            asked = {"lr": self.matches, "momentum": self.momentum == "carry", "guard": self.guard is not None}[name]
+            needed = {"the running optimizer": running} | ({} if name == "guard" else {"the next one": following})
+            for whose, optimizer in needed.items():
+                if asked and moments.family(optimizer) is None:
+                    raise ConfigError(
+                        f"{getattr(self, name)!r} needs the gradients' mean, which {_KNOWN} keep, and {whose} is "
+                        f"{class_name(optimizer)}. Write {_WITHOUT[name]}.",
+                        name,
+                    )
+        if self.momentum == "carry":
+            self._check_momentum(running, following)
+        if self.guard is not None and _without_momentum(running):
+            raise ConfigError("SGD without momentum keeps nothing that tells the length of its updates. Write null.", "guard")
+        if self.lr == "keep":
+            _check_one_lr(running, following, partition)
+        if self.weight_decay == "match":
+            self._check_decay(running, following)
+
+    def _check_momentum(self, running: Optimizer, following: Optimizer) -> None:
+        for whose, optimizer in {"the running optimizer": running, "the next one": following}.items():
+            if _without_momentum(optimizer):
+                raise ConfigError(
+                    f"{whose} is SGD without momentum, which keeps no mean of the gradients. Give it momentum, or write zero.",
+                    "momentum",
+                )
+
+    def _check_decay(self, running: Optimizer, following: Optimizer) -> None:
+        kinds = [_kind_of_decay(optimizer) for optimizer in (running, following)]
+        for optimizer, kind in zip((running, following), kinds, strict=True):
+            if kind is None:
+                raise ConfigError(
+                    f"how {class_name(optimizer)} shrinks weights is not known, only of {_KNOWN}. Write own.", "weight_decay"
+                )
+        decays = any(group["weight_decay"] for group in running.param_groups)
+        if decays and set(kinds) == {"decoupled", "adaptive"}:
+            raise ConfigError(
+                f"the decay of {class_name(running)} and that of {class_name(following)} have no common measure: one divides it by "
+                "the size of the gradients. Write own.",
+                "weight_decay",
+            )
+
+
+PRESETS: Mapping[str, Handover] = {
+    "own": Handover(),
+    "keep": Handover(lr="keep"),
+    "smooth": Handover(lr="match_orthogonal", momentum="carry", weight_decay="match", guard=1.5),
+    "swats": Handover(lr="match_projection", per="model"),
+}
+"""Handovers by name; ``conf/handover/`` has the same."""
+
+_WITHOUT = {"lr": "own or keep", "momentum": "zero", "guard": "null"}
+
+
+@dataclass(frozen=True)
+class Crossed:
+    """What has crossed a switch.
+
+    Args:
+        notes: what happened, for a person.
+        limit: the norm to which the first updates are held, if they are.
+        shared: bytes of the running optimizer's state that now belong to the next.
+    """
+
+    notes: tuple[str, ...] = ()
+    limit: float | None = None
+    shared: int = 0
+
+
+def cross(
+    handover: Handover,
+    running: Optimizer,
+    following: Optimizer,
+    partition: Partition,
+    whole: Whole,
+    *,
+    inherits: bool = True,
+    estimate: Mapping[str, float] | None = None,
+    factor: float = 1.0,
+) -> Crossed:
+    """Gives the next optimizer what the rules say, in place; the running one stays as it is.
+
+    Args:
+        handover: the rules.
+        running: the running optimizer.
+        following: the next one, without a scheduler yet.
+        partition: its groups.
+        whole: what makes whole sums of those on this process.
+        inherits: whether the groups are the running ones, whose ratios are then in what is matched.
+        estimate: learning rates that a trigger has found, by name of the running group, or one by the empty name.
+        factor: what the next schedule begins with, where the running one goes on: its base is the learning rate over it.
+    """
+    groups = {tensor: group for group in running.param_groups for tensor in group["params"]}
+    configured = [float(group["lr"]) for group in following.param_groups] if handover.lr != "own" else []
+    notes: list[str] = []
+    rates: list[float | None]
+    if handover.matches:
+        rates = _matched(handover, running, following, partition, whole, inherits, estimate or {})
+    elif handover.lr == "keep":
+        rates = [_kept(group, groups, 1.0 if inherits else one.lr_ratio) for group, one in _zipped(following, partition)]
+    else:
+        rates = [float(group["lr"]) * factor for group in following.param_groups]
+    _set_rates(handover, following, partition, rates, factor)
+    if configured:
+        notes.append(f"configured {_range(configured)}")
+    if None in rates:
+        notes.append(f"{rates.count(None)} of {len(rates)} learning rates could not be found and are the configured ones")
+    if handover.weight_decay == "match":
+        notes.append(_match_decay(running, following, groups, factor))
+    shared = 0
+    if handover.momentum == "carry":
+        shared, note = _carry(running, following, groups, whole)
+        notes.append(note)
+    limit = None
+    if handover.guard is not None:
+        limit = handover.guard * _update_norm(running, whole)
+        notes.append(f"updates held to a norm of {limit:.2g} for {handover.guard_for}")
+    return Crossed(tuple(note for note in notes if note), limit, shared)
+
+
+def eta(rule: str, update: float, along: float, step: float) -> float | None:
+    """The learning rate that a rule finds, or ``None`` where the sums say nothing.
+
+    Args:
+        rule: ``match_orthogonal``, ``match_norm`` or ``match_projection``.
+        update: ``A = p.p`` of the running optimizer's update.
+        along: ``C = -p.u``, with ``u`` the next optimizer's step at a learning rate of one.
+        step: ``D = u.u``.
+
+    >>> [eta(rule, 4.0, 1.0, 1.0) for rule in ("match_orthogonal", "match_norm", "match_projection")]
+    [1.0, 2.0, 4.0]
+    """
+    over, under = {
+        "match_orthogonal": (along, step),
+        "match_norm": (math.sqrt(update) if update >= 0 else math.nan, math.sqrt(step) if step >= 0 else math.nan),
+        "match_projection": (update, along),
+    }[rule]
+    found = over / under if under > 0 else math.nan
+    return found if math.isfinite(found) else None
+
+
+class Guard:
+    """Holds the first updates of an optimizer to a norm: ``w <- w_before + min(1, limit / |update|) (w - w_before)``.
+
+    It is a pair of the optimizer's own step hooks, which go when the window is over. Nothing waits for the device.
+
+    Args:
+        optimizer: the optimizer.
+        limit: the norm, of the update of the whole model.
+        steps: number of updates from now on.
+        whole: what makes whole sums of those on this process.
+    """
+
+    def __init__(self, optimizer: Optimizer, limit: float, steps: int, whole: Whole) -> None:
+        self._limit = limit
+        self._left = steps
+        self._whole = whole
+        self._before: list[Tensor] = []
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._keep),
+            optimizer.register_step_post_hook(self._hold),
+        ]
+
+    def remove(self) -> None:
+        """Takes the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+        self._before = []
+
+    def _keep(self, optimizer: Optimizer, _: Any, __: Any) -> None:
+        self._before = [moments.local(tensor.detach()).clone() for tensor in _parameters(optimizer)]
+
+    @torch.no_grad()
+    def _hold(self, optimizer: Optimizer, _: Any, __: Any) -> None:
+        parameters = _parameters(optimizer)
+        weights = [moments.local(tensor.detach()) for tensor in parameters]
+        moved = torch._foreach_norm(torch._foreach_sub(weights, self._before))
+        norm = self._whole(parameters, torch.stack(moved).double()[None] ** 2).sum().sqrt()
+        # An update that is not finite is none of the guard's business.
+        back = (1 - self._limit / norm).clamp(min=0).nan_to_num(0.0, 0.0, 0.0)
+        for weight, before in zip(weights, self._before, strict=True):
+            weight.lerp_(before, back.to(weight.device, weight.dtype))
+        self._left -= 1
+        self._before = []
+        if self._left <= 0:
+            self.remove()
+
+
+# Learning rates
+
+
+def _matched(
+    handover: Handover,
+    running: Optimizer,
+    following: Optimizer,
+    partition: Partition,
+    whole: Whole,
+    inherits: bool,
+    estimate: Mapping[str, float],
+) -> list[float | None]:
+    """The learning rate of each group, before `scale`."""
+    toward = moments.family(following)
+    assert toward is not None
+    tensors, rows = moments.updates(running, toward)
+    columns = dict(zip(tensors, whole(tensors, rows).T.tolist(), strict=True))
+    sums = [_sum(columns[tensor] for tensor in group["params"] if tensor in columns) for group in following.param_groups]
+    ratios = [recorded.lr_ratio for recorded in partition]
+    # The whole model's groups step by their ratios: u of a group is ratio * u.
+    scaled = [(a, c * ratio, d * ratio**2) for (a, c, d), ratio in zip(sums, ratios, strict=True)]
+    of_model = eta(handover.lr, *_sum(scaled))
+    if handover.lr == "match_projection" and handover.per != "tensor":
+        of_model = estimate.get("", of_model)
+    found: list[float | None] = []
+    for group, one, ratio in zip(following.param_groups, sums, ratios, strict=True):
+        rate = None if handover.per == "model" else eta(handover.lr, *one)
+        if handover.lr == "match_projection" and handover.per == "group":
+            rate = estimate.get(group.get("name", ""), rate)
+        times = ratio if rate is None or not inherits else 1.0
+        rate = of_model if rate is None else rate
+        found.append(None if rate is None else rate * times / (moments.gain(group) if toward == "sgd" else 1.0))
+    return found
+
+
+def _kept(group: OptimizerGroup, groups: Mapping[Tensor, OptimizerGroup], ratio: float) -> float | None:
+    """The running learning rate of a group's parameters, which all have the same."""
+    return next((float(groups[tensor]["lr"]) * ratio for tensor in group["params"] if tensor in groups), None)
+
+
+def _set_rates(
+    handover: Handover, following: Optimizer, partition: Partition, rates: Sequence[float | None], factor: float
+) -> None:
+    for (group, recorded), rate in zip(_zipped(following, partition), rates, strict=True):
+        if rate is None or recorded.lr is not None:
+            continue
+        base = handover.scale * rate / (factor or 1.0)
+        group["lr"] = torch.full_like(group["lr"], base) if isinstance(group["lr"], Tensor) else base
+
+
+def _zipped(following: Optimizer, partition: Partition) -> Iterable[tuple[OptimizerGroup, Group]]:
+    """The groups with what they were built for; the two differ in number where a class has no groups."""
+    return zip(following.param_groups, partition if len(partition) == len(following.param_groups) else [Group(())], strict=True)
+
+
+def _sum(rows: Iterable[Sequence[float]]) -> tuple[float, float, float]:
+    update = along = step = 0.0
+    for row in rows:
+        update, along, step = update + row[0], along + row[1], step + row[2]
+    return update, along, step
+
+
+def _update_norm(running: Optimizer, whole: Whole) -> float:
+    other: moments.Family = "sgd" if moments.family(running) == "adam" else "adam"
+    tensors, rows = moments.updates(running, other)
+    return math.sqrt(float(whole(tensors, rows)[0].sum()))
+
+
+def _check_one_lr(running: Optimizer, following: Optimizer, partition: Partition) -> None:
+    lr = {tensor: float(group["lr"]) for group in running.param_groups for tensor in group["params"] if "lr" in group}
+    for group, recorded in zip(following.param_groups, partition, strict=False):
+        several = {lr[tensor] for tensor in group["params"] if tensor in lr}
+        if len(several) > 1:
+            raise ConfigError(
+                f"the group {recorded.name or 0} takes parameters of running groups with different learning rates. Keep the groups "
+                "(param_groups: inherit), or write own.",
+                "lr",
+            )
+
+
+# Weight decay
+
+
+def _kind_of_decay(optimizer: Optimizer) -> Literal["decoupled", "adaptive", "gradient"] | None:
+    kind = moments.family(optimizer)
+    if kind is None:
+        return None
+    if kind == "sgd":
+        return "gradient"
+    return "decoupled" if moments.is_decoupled(optimizer, optimizer.param_groups[0]) else "adaptive"
+
+
+def _match_decay(running: Optimizer, following: Optimizer, groups: Mapping[Tensor, OptimizerGroup], factor: float) -> str:
+    before, after = _kind_of_decay(running), _kind_of_decay(following)
+    old, new = [], []
+    for group in following.param_groups:
+        source = next((groups[tensor] for tensor in group["params"] if tensor in groups), None)
+        if source is None or not group["params"]:
+            continue
+        decay = float(source["weight_decay"])
+        lr = float(group["lr"]) * (factor or 1.0)
+        if {before, after} == {"decoupled", "gradient"} and lr > 0:
+            decay *= float(source["lr"]) * moments.gain(source) / (lr * moments.gain(group))
+        old.append(float(source["weight_decay"]))
+        new.append(decay)
+        group["weight_decay"] = decay
+    return f"weight decay {_range(old)} -> {_range(new)} (match)" if any(old) else ""
+
+
+# Momentum
+
+
+def _carry(running: Optimizer, following: Optimizer, groups: Mapping[Tensor, OptimizerGroup], whole: Whole) -> tuple[int, str]:
+    """Seeds every parameter or, where a value is not finite, none; bytes that were not copied, and a line."""
+    states = [moments.carried(running, groups, following, group) for group in following.param_groups]
+    parameters = _parameters(following)
+    flat = [state for of_group in states for state in of_group]
+    if not flat:
+        return 0, ""
+    faults = torch.stack([sum((~moments.local(value).isfinite()).sum() for value in state.values()) for state in flat])  # type: ignore[arg-type, misc]
+    if float(whole(parameters, faults.double()[None]).sum()):
+        return 0, "momentum zero, as the running one is not finite"
+    for parameter, state in zip(parameters, flat, strict=True):
+        following.state[parameter].update(state)
+    kept = {id(value) for state in running.state.values() for value in state.values()}
+    shared = [moments.local(value) for state in flat for value in state.values() if id(value) in kept]
+    return sum(value.numel() * value.element_size() for value in shared), "momentum carried"
+
+
+def _without_momentum(optimizer: Optimizer) -> bool:
+    return moments.family(optimizer) == "sgd" and not all(group["momentum"] for group in optimizer.param_groups)
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [tensor for group in optimizer.param_groups for tensor in group["params"]]
+
+
+def _range(values: Sequence[float]) -> str:
+    """One value, or the least and the greatest."""
+    least, greatest = min(values), max(values)
+    return f"{least:.1e}" if f"{least:.1e}" == f"{greatest:.1e}" else f"{least:.1e}..{greatest:.1e}"
+
+
+def _check_factor(option: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigTypeError(f"{value!r} is not a number.", option)
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{value!r} is no factor. Write a number above 0.", option)

@@ -274,6 +274,11 @@ def extend(partition: Partition, running: Partition) -> Partition:
     return (*partition, *(group for group in added if group.parameters))
 
 
+def split(partition: Partition) -> Partition:
+    """The same with a group for each parameter, which has its name; what holds for the group holds for each."""
+    return tuple(replace(group, parameters=(name,), name=name) for group in partition for name in group.parameters)
+
+
 def named_tensors(groups: Sequence[OptimizerGroup], partition: Partition) -> dict[str, Any]:
     """The tensors of a running optimizer by the names that `record` gave them."""
     return {

@@ -265,9 +265,11 @@ def lrs(optimizer: Optimizer) -> list[float]:
 
 
 def format_lrs(values: Iterable[float]) -> str:
-    """Learning rates in words, each once.
+    """Learning rates in words, each once; of many, the least and the greatest.
 
-    >>> format_lrs([0.1, 0.1]), format_lrs([0.1, 0.01])
-    ('1.0e-01', '1.0e-01/1.0e-02')
+    >>> format_lrs([0.1, 0.1]), format_lrs([0.1, 0.01]), format_lrs([0.1, 0.2, 0.3, 0.4, 0.5])
+    ('1.0e-01', '1.0e-01/1.0e-02', '1.0e-01..5.0e-01')
     """
-    return "/".join(dict.fromkeys(f"{value:.1e}" for value in values))
+    values = list(values)
+    words = list(dict.fromkeys(f"{value:.1e}" for value in values))
+    return "/".join(words) if len(words) <= 4 else f"{min(values):.1e}..{max(values):.1e}"

@@ -40,6 +40,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import SGD, Optimizer
 
@@ -375,6 +376,30 @@ class Plain:
         """The optimizer whose step Lightning's loop calls, seen where the loop looks it up."""
         return _unwrapped(self.strategy._lightning_optimizers[self.index].optimizer)
 
+    def whole(self, tensors: Sequence[Tensor], rows: Tensor) -> Tensor:
+        """Sums over what lies on this process, as sums over the whole parameters, the same on every rank. Does not wait.
+
+        Args:
+            tensors: parameters.
+            rows: rows of a sum for each parameter.
+        """
+        if self.trainer.world_size > 1:
+            # Every rank has the whole; that they decide as one does not rest on their having computed the same bits.
+            rows = rows.to(self.strategy.root_device)
+            torch.distributed.broadcast(rows, 0)
+        return rows
+
+    def check_state(self, what: str, key: str) -> None:
+        """Refuses what looks at the optimizer's state by parameter, where that does not lie so.
+
+        Args:
+            what: what looks at it.
+            key: the config key that asks for it.
+
+        Raises:
+            ConfigError: naming the setting.
+        """
+
     def check(self) -> None:
         """Refuses a strategy whose settings do not allow a switch.
 
@@ -450,6 +475,14 @@ class Plain:
 class Sharded(Plain):
     """FSDP and FSDP2: a plain optimizer of parameters that are sharded."""
 
+    def whole(self, tensors: Sequence[Tensor], rows: Tensor) -> Tensor:
+        flattened = _flattened_shards(self.strategy.model)
+        counts = [_different_parts(tensor, flattened) / self.trainer.world_size for tensor in tensors]
+        device = self.strategy.root_device
+        shares = torch.tensor(counts, dtype=rows.dtype, device=device)
+        summed: Tensor = self.strategy.reduce(rows.to(device) * shares, reduce_op="sum")
+        return summed
+
     def check(self) -> None:
         if isinstance(self.strategy, FSDPStrategy) and not self.strategy.kwargs.get("use_orig_params"):
             raise ConfigError(
@@ -514,6 +547,13 @@ class DeepSpeed(Plain):
                 "gradient_clip_val",
             )
 
+    def check_state(self, what: str, key: str) -> None:
+        raise ConfigError(
+            f"{what} looks at the optimizer's state of each parameter, which lies in flat partitions under DeepSpeed. Use DDP, FSDP "
+            "or FSDP2 (ModelParallelStrategy), or own and keep for the learning rate.",
+            key,
+        )
+
     def _check_class(self, optimizer: Optimizer) -> None:
         """Refuses the classes that the engine would refuse when the old optimizer is destroyed already."""
         from deepspeed.runtime.zero.utils import is_zero_supported_optimizer  # type: ignore[import-untyped]
@@ -568,6 +608,24 @@ class DeepSpeed(Plain):
 
     def undo(self) -> None:
         """Nothing: the old optimizer is destroyed, and `install` lets nothing be saved until the new one stands."""
+
+
+def _different_parts(tensor: Tensor, flattened: Mapping[int, int]) -> int:
+    """Into how many parts a parameter is cut among the ranks; some of them may hold the same part."""
+    if isinstance(tensor, DTensor):
+        mesh = tensor.device_mesh
+        return math.prod(mesh.size(dim) for dim, placed in enumerate(tensor.placements) if not placed.is_replicate())
+    return flattened.get(id(tensor), 1)
+
+
+def _flattened_shards(model: nn.Module) -> dict[int, int]:
+    """Of what FSDP has flattened, into how many shards each parameter is cut, by ``id``."""
+    handles = [handle for module in model.modules() if (handle := getattr(module, "_handle", None)) is not None]
+    return {
+        id(parameter): handle.world_size if handle.uses_sharded_strategy else 1
+        for handle in handles
+        for parameter in handle.flat_param._params or ()
+    }
 
 
 PLACEMENTS: dict[type, type[Plain]] = {

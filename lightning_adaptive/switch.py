@@ -46,6 +46,8 @@ class SwitchState:
         optimizer: class name of its optimizer, for messages; nothing is imported by it.
         partition: its parameter groups by name.
         trigger: what the trigger of the next switch has seen.
+        reason: why the phase began.
+        limit: the norm to which its first updates are held; ``None`` without a guard.
         shapes: shape of each whole parameter of the groups.
         settings: what the run was configured with, to tell a resumed run what has changed.
     """
@@ -56,6 +58,8 @@ class SwitchState:
     optimizer: str = ""
     partition: Partition = ()
     trigger: Memory = field(default_factory=dict)
+    reason: str = ""
+    limit: float | None = None
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     settings: Settings = field(default_factory=dict)
 
@@ -73,6 +77,8 @@ class SwitchState:
             "optimizer": self.optimizer,
             "partition": groups,
             "trigger": dict(self.trigger),
+            "reason": self.reason,
+            "limit": self.limit,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "settings": dict(self.settings),
         }
@@ -100,7 +106,8 @@ class SwitchState:
                 )
                 for group in state["partition"]
             )
-            trigger = dict(state["trigger"])
+            trigger, reason = dict(state["trigger"]), str(state["reason"])
+            limit = None if state["limit"] is None else float(state["limit"])
             shapes = {str(name): tuple(int(size) for size in shape) for name, shape in state["shapes"].items()}
             settings = {str(key): value for key, value in state["settings"].items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -110,7 +117,8 @@ class SwitchState:
                 f"the switch's state in the checkpoint is damaged: phase {phase}, first step {first_step}, of its schedule "
                 f"{schedule_step}."
             )
-        return cls(phase, first_step, schedule_step, str(state.get("optimizer", "")), partition, trigger, shapes, settings)
+        optimizer = str(state.get("optimizer", ""))
+        return cls(phase, first_step, schedule_step, optimizer, partition, trigger, reason, limit, shapes, settings)
 
 
 class PlannedPhase(NamedTuple):

@@ -8,12 +8,27 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from lightning_adaptive.durations import Clock, Duration, DurationLike
 from lightning_adaptive.errors import ConfigError, ConfigTypeError, did_you_mean
+
+
+class Projection(NamedTuple):
+    """What a group of the running optimizer has done in one step ``p`` with the gradient ``g``.
+
+    Args:
+        update: ``p.p``.
+        along: ``-p.g``.
+        beta2: Adam's.
+    """
+
+    update: float
+    along: float
+    beta2: float
+
 
 Memory = Mapping[str, Any]
 """What a trigger has seen, in plain values; empty at the beginning of its phase. ``fired`` holds the reason once it has."""
@@ -28,12 +43,14 @@ class Seen:
         clock: the training's clock.
         metrics: what the module has logged, after a validation; ``None`` at other times.
         asked: whether a person has asked for the switch.
+        projections: after a step, what it has done, by name of the group; ``None`` at other times.
     """
 
     step: int
     clock: Clock
     metrics: Mapping[str, float] | None = None
     asked: bool = False
+    projections: Mapping[str, Projection] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +106,16 @@ class Trigger(ABC):
         """What lets a person ask for the switch."""
         return ()
 
+    def projecting(self) -> tuple[Swats, ...]:
+        """What looks at the steps of the running optimizer."""
+        return ()
+
     @abstractmethod
     def _observe(self, memory: Memory, seen: Seen) -> dict[str, Any]: ...
+
+    def estimate(self, memory: Memory) -> dict[str, float]:
+        """Learning rates for SGD that it has found, by name of the running group; one for the whole model by the empty name."""
+        return {}
 
     def shows(self, memory: Memory) -> dict[str, float]:
         """What it sees now, in numbers to log."""
@@ -260,14 +285,134 @@ class Manual(Trigger):
         super().__post_init__()
         if not isinstance(self.file, str) or not self.file or "/" in self.file or self.file.startswith("."):
             raise ConfigError(f"{self.file!r} is no name of a file in the run's folder.", "file")
-        if isinstance(self.every_n_steps, bool) or not isinstance(self.every_n_steps, int) or self.every_n_steps < 1:
-            raise ConfigError(f"{self.every_n_steps!r} is no number of steps. Write a whole number from 1 on.", "every_n_steps")
+        _check_count("every_n_steps", self.every_n_steps)
 
     def manual(self) -> tuple[Manual, ...]:
         return (self,)
 
     def _observe(self, memory: Memory, seen: Seen) -> dict[str, Any]:
         return {**memory, "fired": "it was asked for"} if seen.asked else dict(memory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swats(Trigger):
+    """Fires when the learning rate that fits SGD has settled, as seen in Adam's own steps (Keskar & Socher 2017, arXiv 1712.07628).
+
+    With Adam's step ``p`` and the gradient ``g``, ``gamma = p.p / -p.g`` is the learning rate at which SGD's step, projected onto
+    ``p``, is ``p``. One step says little of it: where noise prevails, ``p.g`` is small and of any sign.
+
+    ``paper`` is algorithm 1 as published. In the ``k``-th look, ``lambda <- beta2 lambda + (1 - beta2) gamma`` unless ``p.g`` is 0;
+    it fires when ``k > 1`` and ``|lambda / (1 - beta2^k) - gamma| < eps``, with the first of the two as the learning rate. (One
+    that is not above 0 is passed over, on which the paper is silent.) It waits for two numbers to coincide, of which one
+    fluctuates, so its step differs widely from run to run; and ``eps=1e-9``, the paper's, is below the rounding of float32.
+
+    ``relative`` averages before it divides: ``G = mean(p.p) / mean(-p.g)``, over the last ``window`` looks and over ten times as
+    many, both exponential averages with decay ``1 - 1 / window``. It fires when the two have differed by at most ``rtol`` of the
+    longer one for ``patience`` looks in a row, with the longer one as the learning rate.
+
+    Args:
+        criterion: ``relative`` or ``paper``.
+        rtol: of ``relative``, the tolerated difference as a share, above 0.
+        window: of ``relative``, number of looks that the shorter average spans, at least 2. Nothing fires before twice as many.
+        patience: of ``relative``, number of looks in a row for which the averages must agree, at least 1.
+        eps: of ``paper``, the tolerated difference, above 0.
+        per: ``model`` for one learning rate, found from the sums over all groups; ``group`` for one of each, where it fires when
+            the last of them has settled. There is one decision in either case.
+        every_n_steps: steps from one look to the next. The averages are over looks.
+
+    Raises:
+        ConfigError: for values out of range.
+        ConfigTypeError: for what is no number.
+    """
+
+    criterion: Literal["relative", "paper"] = "relative"
+    rtol: float = 0.1
+    window: int = 50
+    patience: int = 20
+    eps: float = 1e-9
+    per: Literal["model", "group"] = "model"
+    every_n_steps: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option, words in (("criterion", ("relative", "paper")), ("per", ("model", "group"))):
+            word = getattr(self, option)
+            if word not in words:
+                raise ConfigError(f"{word!r} is not one of {', '.join(words)}.{did_you_mean(str(word), words)}", option)
+        for option in ("rtol", "eps"):
+            _check_number(option, getattr(self, option))
+            if not 0 < getattr(self, option) < math.inf:
+                raise ConfigError(f"{getattr(self, option)!r} is no tolerance. Write a number above 0.", option)
+        _check_count("window", self.window, least=2)
+        _check_count("patience", self.patience)
+        _check_count("every_n_steps", self.every_n_steps)
+
+    def projecting(self) -> tuple[Swats, ...]:
+        return (self,)
+
+    def estimate(self, memory: Memory) -> dict[str, float]:
+        found = {name: group.get("settled_at", group.get("lr")) for name, group in memory.get("groups", {}).items()}
+        return {name: lr for name, lr in found.items() if lr is not None}
+
+    def _observe(self, memory: Memory, seen: Seen) -> dict[str, Any]:
+        if seen.projections is None or seen.step % self.every_n_steps or "fired" in memory:
+            return dict(memory)
+        seen_by = dict(seen.projections) if self.per == "group" else {"": _joined(seen.projections.values())}
+        if not all(math.isfinite(one.update) and math.isfinite(one.along) for one in seen_by.values()):
+            return {**memory, "passed_over": memory.get("passed_over", 0) + 1}
+        count = memory.get("count", 0) + 1
+        look = self._paper if self.criterion == "paper" else self._relative
+        before = memory.get("groups", {})
+        groups = {name: look(before.get(name, {}), one, count) for name, one in seen_by.items()}
+        after = {**memory, "count": count, "groups": groups}
+        if not all("settled_at" in group for group in groups.values()):
+            return after
+        lrs = ", ".join(f"{name or 'one'} {group['settled_at']:.4g}" for name, group in groups.items())
+        return {**after, "fired": f"the learning rate for SGD has settled, at {lrs.removeprefix('one ')}"}
+
+    def _paper(self, before: Mapping[str, Any], seen: Projection, count: int) -> dict[str, Any]:
+        after = dict(before)
+        if seen.along == 0:
+            return after
+        gamma = seen.update / seen.along
+        average = seen.beta2 * before.get("average", 0.0) + (1 - seen.beta2) * gamma
+        lr = average / (1 - seen.beta2**count)
+        after |= {"average": average, "lr": lr, "gap": abs(lr - gamma)}
+        if count > 1 and after["gap"] < self.eps and lr > 0:
+            after.setdefault("settled_at", lr)
+        return after
+
+    def _relative(self, before: Mapping[str, Any], seen: Projection, count: int) -> dict[str, Any]:
+        after = {
+            f"{part}_{length}": before.get(f"{part}_{length}", 0.0) * (1 - 1 / looks) + getattr(seen, part) / looks
+            for length, looks in (("short", self.window), ("long", 10 * self.window))
+            for part in ("update", "along")
+        }
+        after["agreed"] = 0
+        if after["along_short"] <= 0 or after["along_long"] <= 0:
+            return after
+        # Both begin at zero, and so do over and under alike: the ratios need no correction.
+        short, lr = (after[f"update_{length}"] / after[f"along_{length}"] for length in ("short", "long"))
+        after |= {"lr": lr, "gap": abs(lr - short) / lr if lr else math.inf}
+        if count >= 2 * self.window and after["gap"] <= self.rtol:
+            after["agreed"] = before.get("agreed", 0) + 1
+        if after["agreed"] >= self.patience:
+            after["settled_at"] = lr
+        return after
+
+    def shows(self, memory: Memory) -> dict[str, float]:
+        return {
+            "/".join(filter(None, (name, key))): group[key]
+            for name, group in memory.get("groups", {}).items()
+            for key in ("lr", "gap")
+            if key in group
+        }
+
+
+def _joined(projections: Iterable[Projection]) -> Projection:
+    """Of all groups together; their decay rates are those of the first."""
+    several = list(projections)
+    return Projection(sum(one.update for one in several), sum(one.along for one in several), several[0].beta2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,6 +448,14 @@ class Combined(Trigger):
 
     def manual(self) -> tuple[Manual, ...]:
         return tuple(found for _, trigger in self.members() for found in trigger.manual())
+
+    def projecting(self) -> tuple[Swats, ...]:
+        return tuple(found for _, trigger in self.members() for found in trigger.projecting())
+
+    def estimate(self, memory: Memory) -> dict[str, float]:
+        of = memory.get("of", {})
+        found = (trigger.estimate(of.get(name, {})) for name, trigger in self.members())
+        return next((estimate for estimate in found if estimate), {})
 
     def _observe(self, memory: Memory, seen: Seen) -> dict[str, Any]:
         of: dict[str, Any] = {}
@@ -357,6 +510,11 @@ class AllOf(Combined):
 
     def _is_enough(self, fired: Mapping[str, str]) -> bool:
         return len(fired) == len(self.of)
+
+
+def _check_count(option: str, value: Any, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{value!r} is no number of steps. Write a whole number from {least} on.", option)
 
 
 def _check_number(option: str, value: Any) -> None:

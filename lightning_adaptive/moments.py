@@ -1,0 +1,290 @@
+"""What an optimizer's state says of the gradients and of its last update, for those that know how to say it.
+
+Two families are known: ``adam`` (Adam, AdamW, NAdam, RAdam) and ``sgd``. Both keep a mean of the gradients, in two conventions::
+
+    Adam's   m <- beta1 m + (1 - beta1) g            mean  m / (1 - beta1^t)            after t steps
+    SGD's    buf <- momentum buf + (1 - dampening) g  mean  buf / gain                  gain = (1 - dampening) / (1 - momentum)
+
+The gain is what SGD makes of a constant gradient: ``buf`` tends to ``gain * g``, and so do the steps with Nesterov's look-ahead.
+Without momentum it is 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RAdam
+
+from lightning_adaptive.param_groups import OptimizerGroup
+
+Family = Literal["adam", "sgd"]
+
+FAMILIES: Mapping[Family, tuple[type[Optimizer], ...]] = {"adam": (Adam, AdamW, NAdam, RAdam), "sgd": (SGD,)}
+
+_CACHED = 1 << 15
+"""Elements of what is worked on at once on a CPU, if more than one tensor: they stay in its cache."""
+_AT_ONCE = 1 << 26
+"""The same elsewhere, which bounds the memory for what lies in between."""
+
+
+def family(optimizer: Optimizer) -> Family | None:
+    """The family whose state an optimizer keeps, ``None`` for any other."""
+    return next((name for name, classes in FAMILIES.items() if isinstance(optimizer, classes)), None)
+
+
+def gain(group: OptimizerGroup) -> float:
+    """What SGD makes of a constant gradient of one, at a learning rate of one, once its momentum has built up; of Adam's 1.
+
+    >>> gain({"momentum": 0.9, "dampening": 0.0}), gain({"momentum": 0.0, "dampening": 0.5}), gain({"betas": (0.9, 0.999)})
+    (10.000000000000002, 1.0, 1.0)
+    """
+    momentum = float(group.get("momentum", 0.0))
+    return (1 - float(group["dampening"])) / (1 - momentum) if momentum else 1.0
+
+
+def is_decoupled(optimizer: Optimizer, group: OptimizerGroup) -> bool:
+    """Whether a group's weight decay acts on the weights beside the gradients, as AdamW's does."""
+    return isinstance(optimizer, AdamW) or bool(group.get("decoupled_weight_decay"))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Of a tensor that is sharded, what lies on this process."""
+    shard: Tensor = getattr(tensor, "to_local", lambda: tensor)()
+    return shard
+
+
+def projections(optimizer: Optimizer) -> tuple[list[Tensor], Tensor]:
+    """Of Adam's last step ``p`` and the gradient ``g`` that it was made with, ``p.p`` and ``-p.g`` of each tensor.
+
+    Their ratio is the learning rate at which plain SGD, ``-gamma g``, projected onto ``p`` is ``p`` (Keskar & Socher 2017,
+    arXiv 1712.07628, equation 3). Nothing waits for the device. Weight decay that is decoupled is no part of ``p``; one that is
+    not belongs to ``g``. Of RAdam and NAdam ``p`` is Adam's step from the same state.
+
+    Args:
+        optimizer: one of the family ``adam``, after a step, with its gradients still there.
+
+    Returns:
+        The parameters, without those that have no gradient or no state; and a tensor of shape (2, number of them) in float64, of
+        what lies on this process.
+    """
+    found: list[Tensor] = []
+    rows: list[Tensor] = []
+    for group in optimizer.param_groups:
+        tensors = [tensor for tensor in group["params"] if tensor.grad is not None and optimizer.state.get(tensor)]
+        scale, _ = _scales(group, optimizer.state, tensors)
+        unscaled: list[Tensor] = []
+        for some in _portions(tensors):
+            ratios = _ratios(group, optimizer.state, some)
+            gradients = _gradients(optimizer, group, some)
+            unscaled += [torch.stack([ratio.dot(ratio), ratio.dot(flat)]) for ratio, flat in zip(ratios, gradients, strict=True)]
+        if tensors:
+            found += tensors
+            rows.append(torch.stack(unscaled, dim=1).double() * torch.stack([scale**2, scale]))
+    return found, torch.cat(rows, dim=1) if rows else torch.zeros(2, 0, dtype=torch.float64)
+
+
+def updates(optimizer: Optimizer, toward: Family) -> tuple[list[Tensor], Tensor]:
+    """Of the running optimizer's update ``p`` and the step ``u`` of another's at a learning rate of one, three sums of each tensor.
+
+    ``p`` is what the running optimizer makes of its mean gradient, and ``u`` what one of the family ``toward`` does: SGD the mean
+    gradient itself, without its gain; Adam, ``mean / (sqrt(square) + eps)``, with what `carried` seeds it with.
+
+    Args:
+        optimizer: the running optimizer, of a known family.
+        toward: family of the next.
+
+    Returns:
+        The parameters, without those that have no state; and ``p.p``, ``-p.u`` and ``u.u`` as a tensor of shape (3, number of
+        them) in float64, of what lies on this process.
+    """
+    own = family(optimizer)
+    if own == toward:
+        return _of_own_family(optimizer)
+    found: list[Tensor] = []
+    rows: list[Tensor] = []
+    for group in optimizer.param_groups:
+        tensors = [tensor for tensor in group["params"] if optimizer.state.get(tensor)]
+        if not tensors:
+            continue
+        found += tensors
+        rows.append(
+            _adam_toward_sgd(group, optimizer.state, tensors)
+            if own == "adam"
+            else _sgd_toward_adam(group, optimizer.state, tensors)
+        )
+    return found, torch.cat(rows, dim=1) if rows else torch.zeros(3, 0, dtype=torch.float64)
+
+
+def carried(
+    running: Optimizer, groups: Mapping[Tensor, OptimizerGroup], following: Optimizer, group: OptimizerGroup
+) -> list[dict[str, Any]]:
+    """The state with which a group of the next optimizer begins, so that it goes on with the mean gradient of the running one.
+
+    Between optimizers of the family ``adam`` both moments and the count of steps are carried. Each parameter's state is exactly
+    what one of the two conventions makes of it:
+
+    * Adam's to SGD's: ``buf = gain * m / (1 - beta1^t)``.
+    * SGD's to SGD's: ``buf' = buf * gain' / gain``.
+    * SGD's to Adam's: SGD has no second moment, so Adam begins as after one step with the mean gradient ``a = buf / gain``:
+      ``m = (1 - beta1) a``, ``v = (1 - beta2) a^2``, ``t = 1``. Since a mean of squares is no less than the squared mean, ``v`` is
+      the least that it can be.
+
+    What is not changed is not copied: the same tensor then belongs to both.
+
+    Args:
+        running: the running optimizer.
+        groups: its group of each parameter.
+        following: the next optimizer, of a known family.
+        group: one of its groups.
+
+    Returns:
+        The state of each parameter of the group; zeros where the running optimizer has none.
+    """
+    states = []
+    for tensor in group["params"]:
+        state = running.state.get(tensor) or {}
+        old = groups.get(tensor, {})
+        states.append(
+            _for_sgd(tensor, state, old, group) if family(following) == "sgd" else _for_adam(tensor, state, old, following, group)
+        )
+    return states
+
+
+# Sums
+
+
+def _of_own_family(optimizer: Optimizer) -> tuple[list[Tensor], Tensor]:
+    """Within a family ``p`` is ``lr * gain * u``, whatever ``u`` is: each tensor counts once."""
+    pairs = [
+        (tensor, float(group["lr"]) * gain(group))
+        for group in optimizer.param_groups
+        for tensor in group["params"]
+        if tensor in optimizer.state or not group.get("momentum", True)
+    ]
+    lrs = torch.tensor([lr for _, lr in pairs], dtype=torch.float64)
+    return [tensor for tensor, _ in pairs], torch.stack([lrs**2, lrs, torch.ones_like(lrs)])
+
+
+def _adam_toward_sgd(group: OptimizerGroup, state: Mapping[Tensor, Any], tensors: Sequence[Tensor]) -> Tensor:
+    scale, correction = _scales(group, state, tensors)
+    sums: list[Tensor] = []
+    for some in _portions(tensors):
+        means = [_flat(state[tensor]["exp_avg"]) for tensor in some]
+        for ratio, mean in zip(_ratios(group, state, some), means, strict=True):
+            sums.append(torch.stack([ratio.dot(ratio), ratio.dot(mean), mean.dot(mean)]))
+    return torch.stack(sums, dim=1).double() * torch.stack([scale**2, scale / correction, correction**-2])
+
+
+def _sgd_toward_adam(group: OptimizerGroup, state: Mapping[Tensor, Any], tensors: Sequence[Tensor]) -> Tensor:
+    """``u`` is ``a / |a|``, the sign of the buffer, as `carried` has it."""
+    lr = float(group["lr"])
+    sums: list[Tensor] = []
+    for tensor in tensors:
+        buffer = _flat(state[tensor]["momentum_buffer"])
+        sums.append(torch.stack([buffer.dot(buffer), buffer.abs().sum(), buffer.count_nonzero().to(buffer.dtype)]))
+    return torch.stack(sums, dim=1).double() * torch.tensor([[lr**2], [lr], [1.0]], dtype=torch.float64).to(sums[0].device)
+
+
+def _ratios(group: OptimizerGroup, state: Mapping[Tensor, Any], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """``m / (sqrt(v) + eps sqrt(1 - beta2^t))``, flat: Adam's step without its `_scales`."""
+    second = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
+    roots = torch._foreach_sqrt([_flat(state[tensor][second]) for tensor in tensors])
+    corrections = (1 - group["betas"][1] ** _steps(state, tensors)).sqrt() * group["eps"]
+    torch._foreach_add_(roots, _each(corrections))
+    return list(torch._foreach_div([_flat(state[tensor]["exp_avg"]) for tensor in tensors], roots))
+
+
+def _scales(group: OptimizerGroup, state: Mapping[Tensor, Any], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Of each tensor ``lr sqrt(1 - beta2^t) / (1 - beta1^t)``, which makes `_ratios` the step, and ``1 - beta1^t``."""
+    if not tensors:
+        return torch.zeros(0, dtype=torch.float64), torch.ones(0, dtype=torch.float64)
+    steps = _steps(state, tensors).to(local(tensors[0]).device)
+    first, second = 1 - group["betas"][0] ** steps, 1 - group["betas"][1] ** steps
+    return group["lr"] * second.sqrt() / first, first
+
+
+def _steps(state: Mapping[Tensor, Any], tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([local(state[tensor]["step"]) for tensor in tensors]).double()
+
+
+def _each(values: Tensor) -> Any:
+    """A number for each tensor, in the form that does not wait for a device."""
+    return values.tolist() if values.device.type == "cpu" else list(values.float().unbind())
+
+
+def _gradients(optimizer: Optimizer, group: OptimizerGroup, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What the family ``adam`` averages: the gradient, with the weight decay that is part of it."""
+    gradients = [_flat(tensor.grad) for tensor in tensors if tensor.grad is not None]
+    if group.get("maximize"):
+        gradients = list(torch._foreach_neg(gradients))
+    if group["weight_decay"] and not is_decoupled(optimizer, group):
+        weights = [_flat(tensor.detach()) for tensor in tensors]
+        gradients = list(torch._foreach_add(gradients, weights, alpha=group["weight_decay"]))
+    return gradients
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """What lies here of a tensor, as a vector, and of complex numbers both parts."""
+    here = local(tensor)
+    return (torch.view_as_real(here) if here.is_complex() else here).reshape(-1)
+
+
+def _portions(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in portions that are worked on at once."""
+    portion: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        here = local(tensor)
+        limit = _CACHED if here.device.type == "cpu" else _AT_ONCE
+        if portion and size + here.numel() > limit:
+            yield portion
+            portion, size = [], 0
+        portion.append(tensor)
+        size += here.numel()
+    if portion:
+        yield portion
+
+
+# State
+
+
+def _for_sgd(tensor: Tensor, state: Mapping[str, Any], old: OptimizerGroup, new: OptimizerGroup) -> dict[str, Any]:
+    if "exp_avg" in state:
+        factor = gain(new) / (1 - old["betas"][0] ** float(state["step"]))
+        return {"momentum_buffer": state["exp_avg"] * factor}
+    if state.get("momentum_buffer") is not None:
+        return {"momentum_buffer": _times(state["momentum_buffer"], gain(new) / gain(old))}
+    return {"momentum_buffer": torch.zeros_like(tensor)}
+
+
+def _for_adam(
+    tensor: Tensor, state: Mapping[str, Any], old: OptimizerGroup, following: Optimizer, new: OptimizerGroup
+) -> dict[str, Any]:
+    beta1, beta2 = new["betas"]
+    if "exp_avg" in state:
+        step, before = float(state["step"]), old["betas"]
+        first = _times(state["exp_avg"], (1 - beta1**step) / (1 - before[0] ** step))
+        second = _times(state["exp_avg_sq"], (1 - beta2**step) / (1 - before[1] ** step))
+    elif state.get("momentum_buffer") is not None:
+        step, mean = 1.0, state["momentum_buffer"] / gain(old)
+        first, second = mean * (1 - beta1), mean**2 * (1 - beta2)
+    else:
+        step, first, second = 0.0, torch.zeros_like(tensor), torch.zeros_like(tensor)
+    on_device = new.get("capturable") or new.get("fused")
+    device = local(tensor).device if on_device else torch.device("cpu")
+    carried = {"step": torch.tensor(step, device=device), "exp_avg": first, "exp_avg_sq": second}
+    if new.get("amsgrad"):
+        carried["max_exp_avg_sq"] = state.get("max_exp_avg_sq", second).clone()
+    if isinstance(following, NAdam):
+        # Its product of the momenta of all steps (Dozat 2016), which no other keeps.
+        steps = torch.arange(1, int(step) + 1, dtype=torch.float64)
+        product = (beta1 * (1 - 0.5 * 0.96 ** (steps * new["momentum_decay"]))).prod()
+        carried["mu_product"] = product.to(torch.float32).to(device)
+    return carried
+
+
+def _times(tensor: Tensor, factor: float) -> Tensor:
+    return tensor if factor == 1 else tensor * factor
