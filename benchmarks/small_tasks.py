@@ -1,4 +1,4 @@
-"""Three small trainings without Lightning, for measurements that need many of them: digits twice, and a language with known entropy."""
+"""Three small trainings without Lightning, for measurements that need many of them: digits twice, and a language."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
 import torch
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_adaptive import moments
 from lightning_adaptive.combined import class_name
-from lightning_adaptive.durations import Duration, DurationLike
+from lightning_adaptive.durations import Clock, Duration, DurationLike
 from lightning_adaptive.errors import ConfigError, ConfigTypeError, did_you_mean
 from lightning_adaptive.param_groups import Group, OptimizerGroup, Partition
 
@@ -21,6 +21,13 @@ Whole = Callable[[Sequence[Tensor], Tensor], Tensor]
 """Parameters and a row of sums for each, of what lies on this process, to the same sums of the whole parameters; no waiting."""
 
 _KNOWN = "Adam, AdamW, NAdam, RAdam and SGD"
+
+
+def _check_factor(option: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigTypeError(f"{value!r} is not a number.", option)
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{value!r} is no factor. Write a number above 0.", option)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +74,7 @@ class Handover:
     momentum: Literal["zero", "carry"] = "zero"
     weight_decay: Literal["own", "match"] = "own"
     guard: float | None = None
-    guard_for: DurationLike = "100st"
+    guard_for: DurationLike = Duration(100, "st")
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
@@ -112,6 +119,35 @@ class Handover:
     def looks(self) -> bool:
         """Whether something depends on the running optimizer's state."""
         return self.matches or self.momentum == "carry" or self.guard is not None
+
+    @property
+    def found(self) -> tuple[str, ...]:
+        """Options of the next optimizer's groups that the switch finds, and which its configuration therefore does not hold."""
+        return (
+            *(["lr"] if self.lr != "own" or self.scale != 1 else []),
+            *(["weight_decay"] if self.weight_decay == "match" else []),
+        )
+
+    def guard_steps(self, clock: Clock) -> int:
+        """For how many updates of a phase the guard lasts.
+
+        Raises:
+            ConfigError: when `guard_for` cannot be counted.
+        """
+        if self.guard is None:
+            return 0
+        assert isinstance(self.guard_for, Duration)
+        return self.guard_for.steps(clock, clock.remaining_steps, key="guard_for")
+
+    def __str__(self) -> str:
+        preset = next((name for name, preset in PRESETS.items() if preset == self), None)
+        given = (f"{one.name}={getattr(self, one.name)}" for one in fields(self) if getattr(self, one.name) != one.default)
+        return preset or ", ".join(given)
+
+    def words(self) -> str:
+        """The rule of the learning rate, for a person."""
+        per = f" per {self.per}" if self.matches else ""
+        return f"{self.lr}{per}" + (f" x {self.scale:g}" if self.scale != 1 else "")
 
     def check(self, running: Optimizer, following: Optimizer, partition: Partition) -> None:
         """Refuses rules that have no meaning between two optimizers.
@@ -431,7 +467,7 @@ def _carry(running: Optimizer, following: Optimizer, groups: Mapping[Tensor, Opt
     flat = [state for of_group in states for state in of_group]
     if not flat:
         return 0, ""
-    faults = torch.stack([sum((~moments.local(value).isfinite()).sum() for value in state.values()) for state in flat])  # type: ignore[arg-type, misc]
+    faults = torch.stack([_count_of_faults(state) for state in flat])
     if float(whole(parameters, faults.double()[None]).sum()):
         return 0, "momentum zero, as the running one is not finite"
     for parameter, state in zip(parameters, flat, strict=True):
@@ -439,6 +475,11 @@ def _carry(running: Optimizer, following: Optimizer, groups: Mapping[Tensor, Opt
     kept = {id(value) for state in running.state.values() for value in state.values()}
     shared = [moments.local(value) for state in flat for value in state.values() if id(value) in kept]
     return sum(value.numel() * value.element_size() for value in shared), "momentum carried"
+
+
+def _count_of_faults(state: Mapping[str, Tensor]) -> Tensor:
+    """Number of values that are not finite, of what lies on this process."""
+    return torch.stack([(~moments.local(value).isfinite()).sum() for value in state.values() if value.dim()]).sum()
 
 
 def _without_momentum(optimizer: Optimizer) -> bool:
@@ -453,10 +494,3 @@ def _range(values: Sequence[float]) -> str:
     """One value, or the least and the greatest."""
     least, greatest = min(values), max(values)
     return f"{least:.1e}" if f"{least:.1e}" == f"{greatest:.1e}" else f"{least:.1e}..{greatest:.1e}"
-
-
-def _check_factor(option: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigTypeError(f"{value!r} is not a number.", option)
-    if not 0 < value < math.inf:
-        raise ConfigError(f"{value!r} is no factor. Write a number above 0.", option)

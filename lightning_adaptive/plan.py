@@ -244,10 +244,10 @@ def _derivation(trainer: Trainer, steps_per_epoch: int | None) -> str:
 def _phase_plan(
     number: int, planned: PlannedPhase, end_step: int | None, shapes: Mapping[str, tuple[int, ...]], epoch: Epoch | None
 ) -> PhasePlan:
-    first_step, reason, phase = planned
+    first_step, reason, phase, lr_rule = planned
     groups = phase.optimizer.param_groups
     steps = None if first_step is None or end_step is None else range(first_step, end_step)
-    curves = of_phase(phase, steps, epoch) if epoch and steps else ()
+    curves = of_phase(phase, steps, epoch) if epoch and steps and not lr_rule else ()
     table = tuple(_group_plans(phase, shapes, "inherited" if reason.startswith(("at=", "when=")) else "configure_optimizers"))
     return PhasePlan(
         number=number,
@@ -256,7 +256,9 @@ def _phase_plan(
         first_step=first_step,
         end_step=end_step,
         reason=reason,
-        lr=_curve(phase, first_step or 0, None if steps is None else len(steps) - 1),
+        lr=f"lr found at the switch ({lr_rule})"
+        if lr_rule
+        else _curve(phase, first_step or 0, None if steps is None else len(steps) - 1),
         groups=len(groups),
         parameters=sum(group.parameters for group in table),
         notes=phase.notes,

@@ -45,7 +45,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.optim import SGD, Optimizer
 
 from lightning_adaptive.checkpoints import metadata_file
-from lightning_adaptive.combined import CombinedOptimizer, needs_closure, parts
+from lightning_adaptive.combined import CombinedOptimizer, class_name, needs_closure, parts
 from lightning_adaptive.durations import Clock
 from lightning_adaptive.errors import CheckpointError, ConfigError
 from lightning_adaptive.rules import Parameter
@@ -400,6 +400,23 @@ class Plain:
             ConfigError: naming the setting.
         """
 
+    def check_gradients(self, optimizer: Optimizer, key: str) -> None:
+        """Refuses what looks at gradients after a step, where they are then not what the optimizer was given.
+
+        Args:
+            optimizer: the optimizer that steps.
+            key: the config key that asks for it.
+
+        Raises:
+            ConfigError: naming the setting.
+        """
+        if getattr(self.trainer.precision_plugin, "scaler", None) and getattr(optimizer, "_step_supports_amp_scaling", False):
+            raise ConfigError(
+                f"a fused {class_name(optimizer)} unscales gradients by itself under trainer.precision={self.trainer.precision}, "
+                "so they are not seen as it takes them. Set its fused to false.",
+                key,
+            )
+
     def check(self) -> None:
         """Refuses a strategy whose settings do not allow a switch.
 
@@ -549,8 +566,8 @@ class DeepSpeed(Plain):
 
     def check_state(self, what: str, key: str) -> None:
         raise ConfigError(
-            f"{what} looks at the optimizer's state of each parameter, which lies in flat partitions under DeepSpeed. Use DDP, FSDP "
-            "or FSDP2 (ModelParallelStrategy), or own and keep for the learning rate.",
+            f"{what} looks at the optimizer's state of each parameter, which lies in flat partitions under DeepSpeed. Use DDP, "
+            "FSDP or FSDP2 (ModelParallelStrategy).",
             key,
         )
 

@@ -17,17 +17,18 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_adaptive import phases, settings, strategies
+from lightning_adaptive import handover as handovers
+from lightning_adaptive import moments, phases, settings, strategies
 from lightning_adaptive.combined import class_name, parts
 from lightning_adaptive.durations import Clock, Duration, DurationLike
 from lightning_adaptive.errors import CheckpointError, ConfigError, ConfigTypeError, check_factory
-from lightning_adaptive.handover import Handover
-from lightning_adaptive.lr_schedulers import ScheduleLR, SchedulerConfig, SchedulerFactory, describe_schedule
-from lightning_adaptive.param_groups import Group, Inherit, ParamGroups, Partition, extend, members, named_tensors
+from lightning_adaptive.handover import Crossed, Guard, Handover
+from lightning_adaptive.lr_schedulers import ScheduleLR, SchedulerConfig, SchedulerFactory, build_scheduler, describe_schedule
+from lightning_adaptive.param_groups import Group, Inherit, ParamGroups, Partition, extend, members, named_tensors, split
 from lightning_adaptive.phases import OptimizerFactory, Phase
 from lightning_adaptive.schedules import Continue, Plateau, Schedule
 from lightning_adaptive.settings import Settings
-from lightning_adaptive.triggers import Memory, Seen, Trigger
+from lightning_adaptive.triggers import Memory, Projection, Seen, Trigger
 
 _POLICIES = ("error", "config", "checkpoint")
 
@@ -127,6 +128,8 @@ class PlannedPhase(NamedTuple):
     first_step: int | None
     reason: str
     phase: Phase
+    lr_rule: str = ""
+    """What finds its learning rates in the moment of the switch, where they are not those of its configuration."""
 
 
 class OptimizerSwitchCallback(Callback):
@@ -148,7 +151,9 @@ class OptimizerSwitchCallback(Callback):
             next optimizer's base values.
         param_groups: ``"inherit"`` keeps the running groups: their names, members, ratios of learning rates and zero decays.
             ``ParamGroups(...)`` makes groups of all trainable parameters by rules, and without rules one.
-        handover: what crosses the switch. ``"own"``: nothing; the next phase starts with its own learning rate.
+        handover: what crosses the switch. ``"own"``: nothing; the next phase starts with its own learning rate. ``"keep"``: the
+            running learning rates. ``"smooth"``: learning rates that match the running steps, the momentum, and the weight decay,
+            with the first updates guarded. ``"swats"``: the learning rate that the trigger `Swats` has found. Or a `Handover`.
         then: the switch after this one.
         gradient_clip_val: the Trainer's value from the switch on; ``"keep"`` leaves it, ``None`` ends clipping. The Trainer's
             own value is set back when training ends.
@@ -182,7 +187,7 @@ class OptimizerSwitchCallback(Callback):
         when: Trigger | None = None,
         scheduler: Schedule | SchedulerConfig | SchedulerFactory | Literal["continue"] | None = None,
         param_groups: Literal["inherit"] | Inherit | ParamGroups = "inherit",
-        handover: Literal["own"] | Handover = "own",
+        handover: Literal["own", "keep", "smooth", "swats"] | Handover = "own",
         then: OptimizerSwitchCallback | None = None,
         gradient_clip_val: Literal["keep"] | float | None = "keep",
         optimizer_index: int = 0,
@@ -205,6 +210,7 @@ class OptimizerSwitchCallback(Callback):
         self._fitting = True
         self._saved: SwitchState | None = None
         self._scale: float | None = None
+        self._guard: Guard | None = None
         self._first: Settings = {}
         self._options: list[dict[str, Any]] = []
         self._configured: Partition | None = None
@@ -249,6 +255,17 @@ class OptimizerSwitchCallback(Callback):
     def first_step(self) -> int:
         """0-based global step at which the running phase began."""
         return self._state.first_step
+
+    @property
+    def reason(self) -> str:
+        """Why the running phase began; empty in the first."""
+        return self._state.reason
+
+    @property
+    def shows(self) -> dict[str, float]:
+        """What the trigger of the next switch has seen last, in numbers."""
+        chain = self.chain[self.phase :]
+        return chain[0].when.shows(self._state.trigger) if chain and chain[0].when else {}
 
     @property
     def chain(self) -> tuple[OptimizerSwitchCallback, ...]:
@@ -320,6 +337,7 @@ class OptimizerSwitchCallback(Callback):
         if self.enabled:
             self._check_triggers(trainer)
             self._plan(trainer)
+            self._hold(trainer)
             self._log_phase(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -340,11 +358,9 @@ class OptimizerSwitchCallback(Callback):
                     "not finite. It counts as a step."
                 )
 
-        manual = self._watching.manual() if self._watching and trainer.global_step != self._looked else ()
+        if self._watching and trainer.global_step != self._looked:
+            self._look(trainer, self._watching)
         self._looked = trainer.global_step
-        if any(trainer.global_step % trigger.every_n_steps == 0 for trigger in manual):
-            self._observe(trainer, asked=strategies.is_asked(trainer, self._asked, [trigger.file for trigger in manual]))
-            self._asked = False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         names = self._watching.monitors() if self._watching else ()
@@ -402,6 +418,7 @@ class OptimizerSwitchCallback(Callback):
         """
         partition, previous = self._state.partition, self._state.first_step
         clock, placement = _clock(trainer), strategies.placement(trainer, self.optimizer_index)
+        before = placement.optimizer
         running, begun = placement.lr_scheduler and placement.lr_scheduler.scheduler, self._state.schedule_step
         for index, switch in enumerate(self.chain[self.phase :], start=self.phase):
             try:
@@ -412,12 +429,47 @@ class OptimizerSwitchCallback(Callback):
                 phase_clock = replace(clock, first_step=previous)
                 schedule, begun = switch._schedule(running, begun, previous)
                 phase = phases.build(switch.optimizer, schedule, partition, self._tensors, phase_clock, previous - begun)
-                running = phase.lr_scheduler
+                self._check_handover(index, before, phase.optimizer, partition, phase_clock, placement)
+                running, before = phase.lr_scheduler, phase.optimizer
                 placement.check_next(phase.optimizer, phase.lr_schedulers, switch.gradient_clip_val)
                 partition = switch._reached(partition, phase.optimizer, trainer)
             except ConfigError as error:
                 raise error.within(_key(index)) from None
-            yield PlannedPhase(moment, switch._words(), phase)
+            yield PlannedPhase(moment, switch._words(), phase, "" if switch.handover.lr == "own" else switch.handover.lr)
+
+    def _check_handover(
+        self,
+        index: int,
+        running: Optimizer,
+        following: Optimizer,
+        partition: Partition,
+        clock: Clock,
+        placement: strategies.Plain,
+    ) -> None:
+        """Refuses rules that have no meaning between two optimizers, or here."""
+        switch = self.chain[index]
+        handover = switch.handover
+        try:
+            handover.check(running, following, partition)
+            handover.guard_steps(clock)
+            if handover.looks:
+                placement.check_state("a handover of what the running optimizer knows", "lr" if handover.matches else "momentum")
+            if handover.lr == "keep" and self._is_split(index - 1) and not isinstance(switch.param_groups, Inherit):
+                raise ConfigError(
+                    "the running phase has a learning rate for each tensor, which other groups cannot keep. Write param_groups: "
+                    "inherit, or own.",
+                    "lr",
+                )
+        except ConfigError as error:
+            raise error.within("handover") from None
+        if switch.when is not None and switch.when.projecting():
+            if moments.family(running) != "adam":
+                raise ConfigError(
+                    f"SWATS looks at steps of Adam, AdamW, NAdam or RAdam, and the running optimizer is {class_name(running)}.",
+                    "when",
+                )
+            placement.check_state("SWATS", "when")
+            placement.check_gradients(running, "when")
 
     def _words(self) -> str:
         """When it comes, for a person."""
@@ -455,6 +507,14 @@ class OptimizerSwitchCallback(Callback):
                 "scheduler",
             )
         return running.schedule, begun
+
+    def _is_split(self, index: int) -> bool:
+        """Whether the phase that a switch leads to has a group for each tensor: by its handover, or kept from the phase before."""
+        if index < 0:
+            return False
+        switch = self.chain[index]
+        keeps = switch.handover.lr == "keep" and isinstance(switch.param_groups, Inherit)
+        return switch.handover.splits or (keeps and self._is_split(index - 1))
 
     def _partition(self, running: Partition, trainer: Trainer) -> Partition:
         if isinstance(self.param_groups, Inherit):
@@ -505,7 +565,7 @@ class OptimizerSwitchCallback(Callback):
             **settings.of_optimizer(optimizer, f"{key}.optimizer"),
             f"{key}.scheduler": settings.of_scheduler(self.scheduler),
             f"{key}.param_groups": repr(self.param_groups),
-            f"{key}.handover": repr(self.handover),
+            f"{key}.handover": str(self.handover),
             f"{key}.gradient_clip_val": self.gradient_clip_val,
         }
 
@@ -522,22 +582,54 @@ class OptimizerSwitchCallback(Callback):
         """The trigger of the switch that comes next, while it observes."""
         return self.chain[self.phase].when if self._moments else None
 
-    def _observe(self, trainer: Trainer, metrics: Mapping[str, float] | None = None, asked: bool = False) -> None:
-        """Lets the trigger see something, and every rank remember the same of it."""
+    def _look(self, trainer: Trainer, trigger: Trigger) -> None:
+        """What a trigger sees after a step, in those steps in which it looks."""
+        step, manual = trainer.global_step, trigger.manual()
+        asked, projections = False, None
+        if any(step % one.every_n_steps == 0 for one in manual):
+            asked, self._asked = strategies.is_asked(trainer, self._asked, [one.file for one in manual]), False
+        if any(step % one.every_n_steps == 0 for one in trigger.projecting()) and step >= trigger.first_step(_clock(trainer)):
+            projections = self._projections(trainer)
+        if asked or projections is not None:
+            self._observe(trainer, asked=asked, projections=projections)
+
+    def _projections(self, trainer: Trainer) -> dict[str, Projection]:
+        """What the last step has done, by group. The one place of it that waits for the device."""
+        placement = strategies.placement(trainer, self.optimizer_index)
+        optimizer = placement.optimizer
+        tensors, rows = moments.projections(optimizer)
+        columns = dict(zip(tensors, placement.whole(tensors, rows).T.tolist(), strict=True))
+        found = {}
+        for index, group in enumerate(optimizer.param_groups):
+            of_group = [columns[tensor] for tensor in group["params"] if tensor in columns]
+            update, along = sum(column[0] for column in of_group), sum(column[1] for column in of_group)
+            found[group.get("name", "" if len(optimizer.param_groups) == 1 else f"pg{index + 1}")] = Projection(
+                update, along, float(group["betas"][1])
+            )
+        return found
+
+    def _observe(
+        self,
+        trainer: Trainer,
+        metrics: Mapping[str, float] | None = None,
+        asked: bool = False,
+        projections: Mapping[str, Projection] | None = None,
+    ) -> None:
+        """Lets the trigger see something, which is the same on every rank, and so is what it remembers."""
         trigger, before = self._watching, self._state.trigger
         assert trigger is not None
         try:
-            after = trigger.observe(before, Seen(trainer.global_step, _clock(trainer), metrics, asked))
+            after = trigger.observe(before, Seen(trainer.global_step, _clock(trainer), metrics, asked, projections))
         except ConfigError as error:
             raise error.within(f"{_key(self.phase)}.when") from None
-        after = trainer.strategy.broadcast(after)
         self._state = replace(self._state, trigger=after)
         if trigger.passed_over(after) > trigger.passed_over(before):
-            rank_zero_warn(f"A metric of {trigger} was not finite at step {trainer.global_step}. It is passed over.")
+            what = "A step seen by" if metrics is None else "A metric of"
+            rank_zero_warn(f"{what} {trigger} was not finite at step {trainer.global_step}. It is passed over.")
         if self.dry_run:
             told = trigger.reasons(before)
             self._tell(trainer, {name: reason for name, reason in trigger.reasons(after).items() if name not in told})
-        if metrics is not None:
+        if metrics is not None or (projections and trainer.global_step % trainer.log_every_n_steps == 0):  # type: ignore[attr-defined]
             shown = trigger.shows(after)
             self._log(trainer, {f"switch/{name}": value for name, value in shown.items()})
 
@@ -570,44 +662,76 @@ class OptimizerSwitchCallback(Callback):
         switch = self.chain[self.phase]
         running = strategies.placement(trainer, self.optimizer_index).optimizer
         before, freed, old = phases.describe(running), phases.state_bytes(running), weakref.ref(running)
-        reason = self._state.trigger.get("fired") or f"at={switch.at} was reached"
+        _warn_at_foot(running, switch.handover)
         del running  # or it could not be freed
-        phase, state = self._build_next(trainer, pl_module)
+        phase, state, crossed = self._build_next(trainer, pl_module)
         after = f"{phases.describe(phase.optimizer)} ({_lr_rule(switch.handover, phase.optimizer)})"
         self._exchange(trainer, phase, state)
         self._moments = self._moments[1:]
+        self._hold(trainer)
         self._scale = strategies.loss_scale(trainer)
         fate = "freed" if old() is None else "still held elsewhere"
         facts = [
             describe_schedule(phase.lr_scheduler),
-            f"momentum {switch.handover.momentum}",
-            f"{fate} {format_bytes(freed)}",
+            *([] if switch.handover.momentum == "carry" else ["momentum zero"]),
+            *crossed.notes,
+            f"{fate} {format_bytes(freed - crossed.shared)}",
             *phase.notes,
         ]
         self._announce(
             trainer,
             f"SWITCH at step {state.first_step} (epoch {trainer.current_epoch}): {before} -> {after}, "
-            f"because {reason}; {', '.join(facts)}",
+            f"because {state.reason}; {', '.join(facts)}",
         )
 
-    def _build_next(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Phase, SwitchState]:
+    def _build_next(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Phase, SwitchState, Crossed]:
         switch, step = self.chain[self.phase], trainer.global_step
         placement = strategies.placement(trainer, self.optimizer_index)
         running = phases.record(placement.optimizer, placement.groups, strategies.parameter_names(pl_module))
         partition = switch._partition(extend(self._state.partition, running), trainer)
         scheduler = placement.lr_scheduler and placement.lr_scheduler.scheduler
         schedule, begun = switch._schedule(scheduler, self._state.schedule_step, step)
-        phase = phases.build(switch.optimizer, schedule, partition, self._tensors, _clock(trainer, step), step - begun)
+        clock = _clock(trainer, step)
+        groups = split(partition) if self._is_split(self.phase) else partition
+        optimizer, notes = phases.build_optimizer(switch.optimizer, groups, self._tensors)
+        crossed = handovers.cross(
+            switch.handover,
+            placement.optimizer,
+            optimizer,
+            groups,
+            placement.whole,
+            inherits=isinstance(switch.param_groups, Inherit),
+            estimate=switch.when.estimate(self._state.trigger) if switch.when else None,
+            factor=_factor(schedule, clock, step - begun) if isinstance(switch.scheduler, Continue) else 1.0,
+        )
+        phase = Phase(optimizer, build_scheduler(schedule, optimizer, clock, step - begun), notes)
         state = SwitchState(
             phase=self.phase + 1,
             first_step=step,
             schedule_step=begun,
             optimizer=class_name(phase.optimizer),
             partition=switch._reached(partition, phase.optimizer, trainer),
+            reason=self._state.trigger.get("fired") or f"at={switch.at} was reached",
+            limit=crossed.limit,
             shapes=self._state.shapes,
             settings=self._state.settings,
         )
-        return phase, state
+        return phase, state, crossed
+
+    def _hold(self, trainer: Trainer) -> None:
+        """Guards what is left of the running phase's first updates."""
+        self._let_loose()
+        if self._state.limit is None or not self.phase:
+            return
+        last = self.first_step + self.chain[self.phase - 1].handover.guard_steps(_clock(trainer, self.first_step))
+        if trainer.global_step < last:
+            placement = strategies.placement(trainer, self.optimizer_index)
+            self._guard = Guard(placement.optimizer, self._state.limit, last - trainer.global_step, placement.whole)
+
+    def _let_loose(self) -> None:
+        if self._guard is not None:
+            self._guard.remove()
+            self._guard = None
 
     def _exchange(self, trainer: Trainer, phase: Phase, state: SwitchState) -> None:
         """Puts optimizer, schedule, state and clipping in place, all or nothing."""
@@ -752,6 +876,7 @@ class OptimizerSwitchCallback(Callback):
             self._configured = partition if members(partition) == members(state.partition) else None
             # Rules that regroup would put the saved state onto other parameters; the options come back with that state.
             built_for = state.partition if self._configured is None else partition
+            built_for = split(built_for) if self._is_split(state.phase - 1) else built_for
             since = state.first_step - state.schedule_step
             phase = phases.build(switch.optimizer, self._restored_schedule(trainer), built_for, self._tensors, clock, since)
         except ConfigError as error:
@@ -767,7 +892,11 @@ class OptimizerSwitchCallback(Callback):
         self._state = replace(state, shapes=shapes)
         recorded = {name for group in state.partition for name in group.parameters}
         self._refuse_other_parameters(recorded, recorded, state)
-        self._options = _options(phase.optimizer)
+        found = switch.handover.found
+        self._options = [
+            {name: value for name, value in group.items() if name.removeprefix("initial_") not in found}
+            for group in _options(phase.optimizer)
+        ]
         self._exchange(trainer, phase, self._state)
 
     def _restored_schedule(self, trainer: Trainer) -> Any:
@@ -791,6 +920,7 @@ class OptimizerSwitchCallback(Callback):
         return values[-1] if values else self._trainer_clip_val
 
     def _let_go(self, trainer: Trainer) -> None:
+        self._let_loose()
         if self._tensors:
             trainer.gradient_clip_val = self._trainer_clip_val
             self._tensors, self._moments = {}, ()
@@ -884,10 +1014,29 @@ def _check_clip_val(value: Any) -> None:
         raise ConfigError(f"{value!r} is below zero.", "gradient_clip_val")
 
 
+def _factor(schedule: Schedule, clock: Clock, since: int) -> float:
+    """What a schedule that goes on begins the phase with."""
+    return schedule.curves(replace(clock, first_step=clock.first_step - since))["lr"](since)
+
+
+def _warn_at_foot(running: Optimizer, handover: Handover) -> None:
+    """Says so when a learning rate is handed over that has come down to nearly nothing."""
+    if handover.lr == "own":
+        return
+    now, base = (max(float(group.get(key, group["lr"])) for group in running.param_groups) for key in ("lr", "initial_lr"))
+    if now < 0.01 * base:
+        rank_zero_warn(
+            f"The learning rate that is handed over is at the foot of its schedule: {class_name(running)} steps with {now:.1e}, "
+            f"and its base is {base:.1e}. The next phase would hardly move. Let the switch come earlier, or write handover.lr=own."
+        )
+
+
 def _lr_rule(handover: Handover, optimizer: Optimizer) -> str:
     """The rule that gave the learning rate, and whether it is the class's default rather than the user's."""
+    if handover.lr != "own":
+        return handover.words()
     defaults = [f"the default of {type(part).__name__}" for part in parts(optimizer).values() if _has_default_lr(part)]
-    return ", ".join([handover.lr, *dict.fromkeys(defaults)])
+    return ", ".join([handover.words(), *dict.fromkeys(defaults)])
 
 
 def _has_default_lr(optimizer: Optimizer) -> bool:

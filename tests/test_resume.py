@@ -361,6 +361,8 @@ def test_every_field_of_the_state_survives(tmp_path: Path) -> None:
         "first_step": 16,
         "schedule_step": 16,
         "trigger": {},
+        "reason": "at=2ep was reached",
+        "limit": None,
         "optimizer": "SGD",
         "partition": [
             {
@@ -382,7 +384,7 @@ def test_every_field_of_the_state_survives(tmp_path: Path) -> None:
             "switch.optimizer.momentum": 0.9,
             "switch.scheduler": "constant",
             "switch.param_groups": "Inherit()",
-            "switch.handover": "Handover(lr='own', momentum='zero', weight_decay='own')",
+            "switch.handover": "own",
             "switch.gradient_clip_val": "keep",
             "trainer.accumulate_grad_batches": 1,
             "steps of an epoch": 8,

@@ -428,9 +428,9 @@ def test_a_loader_without_length_counts_in_steps() -> None:
         ),
         ({"on_resume": "both"}, ValueError, "on_resume: 'both' is no policy. Write 'error', 'config', 'checkpoint'."),
         (
-            {"handover": "smooth"},
+            {"handover": "smoth"},
             ValueError,
-            "handover: 'smooth' does not exist or is not available yet. Write 'own' or a Handover.",
+            "handover: 'smoth' does not exist. Write 'own', 'keep', 'smooth', 'swats' or a Handover. Did you mean 'smooth'?",
         ),
         ({"param_groups": 3}, TypeError, "param_groups: 3 says nothing about groups. Write 'inherit' or ParamGroups()."),
         (
@@ -449,8 +449,10 @@ def test_the_constructor_refuses(arguments: dict[str, Any], kind: type[Exception
 
 
 def test_handover_refuses_a_rule_that_does_not_exist() -> None:
-    with pytest.raises(ConfigError, match=r"^momentum: the rule 'carry' does not exist or is not available yet\. Rules: zero\.$"):
-        Handover(momentum="carry")
+    with pytest.raises(
+        ConfigError, match=r"^momentum: the rule 'carri' does not exist\. Rules: zero, carry\. Did you mean 'carry'\?$"
+    ):
+        Handover(momentum="carri")
     assert Handover.of("own") == Handover()
 
 
