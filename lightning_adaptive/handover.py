@@ -74,7 +74,7 @@ class Handover:
     momentum: Literal["zero", "carry"] = "zero"
     weight_decay: Literal["own", "match"] = "own"
     guard: float | None = None
-    guard_for: DurationLike = Duration(100, "st")
+    guard_for: DurationLike = "100st"
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
@@ -141,7 +141,9 @@ class Handover:
 
     def __str__(self) -> str:
         preset = next((name for name, preset in PRESETS.items() if preset == self), None)
-        given = (f"{one.name}={getattr(self, one.name)}" for one in fields(self) if getattr(self, one.name) != one.default)
+        given = (
+            f"{one.name}={getattr(self, one.name)}" for one in fields(self) if str(getattr(self, one.name)) != str(one.default)
+        )
         return preset or ", ".join(given)
 
     def words(self) -> str:
