@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from lightning_adaptive.triggers import Manual as Manual
     from lightning_adaptive.triggers import OnPlateau as OnPlateau
     from lightning_adaptive.triggers import OnThreshold as OnThreshold
+    from lightning_adaptive.triggers import Swats as Swats
     from lightning_adaptive.triggers import Trigger as Trigger
 
 __version__ = "0.1.0"
@@ -91,6 +92,7 @@ _HOMES = {
     "Rule": "rules",
     "Schedule": "schedules",
     "StepDecay": "curves",
+    "Swats": "triggers",
     "Trigger": "triggers",
     "WarmupStableDecay": "curves",
     "attach": "hooks",

@@ -42,7 +42,7 @@ ODD: list[tuple[str, Phases, int]] = [
         4,
     ),
     (
-        "switch@switch.then=to_lbfgs switch.then.at=80% trainer.max_epochs=3",
+        "switch@switch.then=adam_to_lbfgs switch.then.at=80% trainer.max_epochs=3",
         [("Adam", 0), ("SGD", 8), ("LBFGS", 10)],
         12,
     ),

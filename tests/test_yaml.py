@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -21,22 +22,23 @@ from hydra_plugins.lightning_adaptive import data_folder
 from lightning_adaptive import LayerDecay, MupLike, ParamGroups, attach, config
 from lightning_adaptive.app import job  # noqa: F401 - registers the resolvers that train.yaml uses
 from lightning_adaptive.errors import ConfigError
+from lightning_adaptive.handover import PRESETS
 from lightning_adaptive.param_groups import NO_DECAY
-from tests.support import ROOT, Net, counted_steps, loader, trainer, weights
+from tests.support import ROOT, Net, ValidatedNet, counted_steps, loader, trainer, weights
 
 COUNTS = {
     "conf": 1,
     "conf/callbacks": 2,
-    "conf/handover": 1,
+    "conf/handover": 4,
     "conf/hydra/help": 1,
     "conf/logger": 5,
     "conf/optimizer": 13,
     "conf/param_groups": 7,
     "conf/scheduler": 19,
-    "conf/switch": 3,
+    "conf/switch": 9,
     "conf/task": 1,
     "conf/trainer": 9,
-    "conf/trigger": 5,
+    "conf/trigger": 6,
     "recipes": 10,
 }
 """How many files each folder holds. A new file is entered here, and is then checked by everything below."""
@@ -128,7 +130,7 @@ def test_all_switches_have_the_same_slots() -> None:
     """Otherwise ``recipe=X switch=none`` fails, since the recipe sets what the other file does not have."""
     files = [yaml.safe_load((ROOT / "conf/switch" / f"{name}.yaml").read_text(encoding="utf-8")) for name in names("switch")]
     slots = [{next(iter(entry)) for entry in file["defaults"] if isinstance(entry, dict)} for file in files]
-    keys = [set(file) for file in files]
+    keys = [set(file) - {"handover"} for file in files]
     assert all(one == slots[0] for one in slots)
     assert all(one == keys[0] for one in keys)
     assert {slot.partition("@")[2] for slot in slots[0]} == {"optimizer", "scheduler", "param_groups", "when", "handover", "then"}
@@ -187,7 +189,7 @@ def dotted(mapping: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 def fit(module: Net, steps: int, *callbacks: Any) -> Trainer:
     running = trainer(max_steps=steps, callbacks=list(callbacks))
-    running.fit(module, loader())
+    running.fit(module, loader(), *([loader()] if isinstance(module, ValidatedNet) else []))
     assert running.global_step == steps
     return running
 
@@ -398,6 +400,7 @@ TRIGGERS = {
     "threshold": (["monitor=train/loss", "below=99"], "OnThreshold(monitor=train/loss, below=99)"),
     "manual": (["every_n_steps=1"], "Manual(every_n_steps=1)"),
     "any": ([], "AnyOf(standstill: OnPlateau(monitor=val/loss), asked: Manual())"),
+    "swats": (["criterion=paper", "eps=1e-3"], "Swats(criterion=paper, eps=0.001)"),
     "all": (["of.standstill.patience=5"], "AllOf(standstill: OnPlateau(monitor=val/loss, patience=5), asked: Manual())"),
 }
 """What is changed of each trigger, and what it is then."""
@@ -425,16 +428,34 @@ def test_a_handover_builds_and_is_used(name: str, composed: Any) -> None:
     whole = composed(f"handover@switch.handover={name}", "switch.at=1st")
     switch = config.switch(whole.switch)
     assert switch is not None
+    assert switch.handover == instantiate(whole.switch).handover == PRESETS[name]
     fit(attach(Net(), optimizer=whole.optimizer), 2, switch)
     assert switch.phase == 1
 
 
+SWITCHES: dict[str, tuple[list[str], list[str]]] = {
+    "none": ([], ["Adam", "Adam"]),
+    "adam_to_sgd": ([], ["Adam", "SGD"]),
+    "adamw_to_sgd": (["optimizer=adamw"], ["AdamW", "SGD"]),
+    "adam_to_lbfgs": ([], ["Adam", "LBFGS"]),
+    "lower_lr": (["optimizer=sgd"], ["SGD", "SGD"]),
+    "plateau": ([], ["Adam", "SGD"]),
+    "sgd_to_adam": (["optimizer=sgd"], ["SGD", "Adam"]),
+    "swats": ([], ["Adam", "SGD"]),
+    "three_phases": (["switch.then.at=2st"], ["Adam", "SGD", "SGD"]),
+}
+"""What goes before each switch, and what steps then."""
+
+
 @pytest.mark.parametrize("name", names("switch"))
 def test_a_switch_takes_a_step_on_either_side(name: str, composed: Any) -> None:
-    whole = composed(f"switch={name}", "switch.at=1st")
+    overrides, steppers = SWITCHES[name]
+    whole = composed(f"switch={name}", "switch.at=1st", *overrides)
+    switch = config.switch(whole.switch)
     with counted_steps() as counts:
-        fit(attach(Net(), optimizer=whole.optimizer), 2, config.switch(whole.switch))
-    assert counts == {"none": {"Adam": 2}, "adam_to_sgd": {"Adam": 1, "SGD": 1}, "to_lbfgs": {"Adam": 1, "LBFGS": 1}}[name]
+        fit(attach(ValidatedNet(), optimizer=whole.optimizer), len(steppers), switch)
+    assert counts == Counter(steppers)
+    assert str(switch) == str(instantiate(whole.switch))
 
 
 def test_a_third_phase_is_one_more_override(composed: Any) -> None:
