@@ -56,7 +56,7 @@ def local(tensor: Tensor) -> Tensor:
     return shard
 
 
-def projections(optimizer: Optimizer) -> tuple[list[Tensor], Tensor]:
+def projections(optimizer: Optimizer, lrs: Sequence[float] | None = None) -> tuple[list[Tensor], Tensor]:
     """Of Adam's last step ``p`` and the gradient ``g`` that it was made with, ``p.p`` and ``-p.g`` of each tensor.
 
     Their ratio is the learning rate at which plain SGD, ``-gamma g``, projected onto ``p`` is ``p`` (Keskar & Socher 2017,
@@ -65,6 +65,7 @@ def projections(optimizer: Optimizer) -> tuple[list[Tensor], Tensor]:
 
     Args:
         optimizer: one of the family ``adam``, after a step, with its gradients still there.
+        lrs: each group's learning rate in that step; ``None`` when no scheduler has changed it since.
 
     Returns:
         The parameters, without those that have no gradient or no state; and a tensor of shape (2, number of them) in float64, of
@@ -72,9 +73,9 @@ def projections(optimizer: Optimizer) -> tuple[list[Tensor], Tensor]:
     """
     found: list[Tensor] = []
     rows: list[Tensor] = []
-    for group in optimizer.param_groups:
+    for index, group in enumerate(optimizer.param_groups):
         tensors = [tensor for tensor in group["params"] if tensor.grad is not None and optimizer.state.get(tensor)]
-        scale, _ = _scales(group, optimizer.state, tensors)
+        scale, _ = _scales(group if lrs is None else {**group, "lr": lrs[index]}, optimizer.state, tensors)
         unscaled: list[Tensor] = []
         for some in _portions(tensors):
             ratios = _ratios(group, optimizer.state, some)

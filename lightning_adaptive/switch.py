@@ -210,6 +210,7 @@ class OptimizerSwitchCallback(Callback):
         self._fitting = True
         self._saved: SwitchState | None = None
         self._scale: float | None = None
+        self._lrs: list[float] = []
         self._guard: Guard | None = None
         self._first: Settings = {}
         self._options: list[dict[str, Any]] = []
@@ -348,6 +349,10 @@ class OptimizerSwitchCallback(Callback):
             self._moments = (None, *self._moments[1:])
         else:
             self._switch(trainer, pl_module)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self._watching and self._watching.projecting():
+            self._lrs = phases.lrs(optimizer)  # at the batch's end the scheduler has been stepped
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._scale is not None and trainer.global_step > self.first_step:
@@ -596,16 +601,15 @@ class OptimizerSwitchCallback(Callback):
     def _projections(self, trainer: Trainer) -> dict[str, Projection]:
         """What the last step has done, by group. The one place of it that waits for the device."""
         placement = strategies.placement(trainer, self.optimizer_index)
-        optimizer = placement.optimizer
-        tensors, rows = moments.projections(optimizer)
+        optimizer, lrs = placement.optimizer, self._lrs
+        tensors, rows = moments.projections(optimizer, lrs)
         columns = dict(zip(tensors, placement.whole(tensors, rows).T.tolist(), strict=True))
         found = {}
         for index, group in enumerate(optimizer.param_groups):
             of_group = [columns[tensor] for tensor in group["params"] if tensor in columns]
             update, along = sum(column[0] for column in of_group), sum(column[1] for column in of_group)
-            found[group.get("name", "" if len(optimizer.param_groups) == 1 else f"pg{index + 1}")] = Projection(
-                update, along, float(group["betas"][1])
-            )
+            name = group.get("name", "" if len(optimizer.param_groups) == 1 else f"pg{index + 1}")
+            found[name] = Projection(update, along, float(group["betas"][1]), lrs[index])
         return found
 
     def _observe(

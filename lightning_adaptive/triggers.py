@@ -23,11 +23,13 @@ class Projection(NamedTuple):
         update: ``p.p``.
         along: ``-p.g``.
         beta2: Adam's.
+        lr: its learning rate in that step, with which ``p`` grows.
     """
 
     update: float
     along: float
     beta2: float
+    lr: float = 1.0
 
 
 Memory = Mapping[str, Any]
@@ -306,9 +308,10 @@ class Swats(Trigger):
     that is not above 0 is passed over, on which the paper is silent.) It waits for two numbers to coincide, of which one
     fluctuates, so its step differs widely from run to run; and ``eps=1e-9``, the paper's, is below the rounding of float32.
 
-    ``relative`` averages before it divides: ``G = mean(p.p) / mean(-p.g)``, over the last ``window`` looks and over ten times as
-    many, both exponential averages with decay ``1 - 1 / window``. It fires when the two have differed by at most ``rtol`` of the
-    longer one for ``patience`` looks in a row, with the longer one as the learning rate.
+    ``relative`` averages before it divides, and leaves Adam's schedule out: ``G = mean(p.p / lr^2) / mean(-p.g / lr)``, over the
+    last ``window`` looks and over ten times as many, both exponential averages with decay ``1 - 1 / window``. It fires when the two
+    have differed by at most ``rtol`` of the longer one for ``patience`` looks in a row, with the longer one, times Adam's current
+    ``lr``, as the learning rate.
 
     Args:
         criterion: ``relative`` or ``paper``.
@@ -358,6 +361,8 @@ class Swats(Trigger):
         if seen.projections is None or seen.step % self.every_n_steps or "fired" in memory:
             return dict(memory)
         seen_by = dict(seen.projections) if self.per == "group" else {"": _joined(seen.projections.values())}
+        if not all(one.lr for one in seen_by.values()):
+            return dict(memory)  # at a learning rate of zero nothing is to be seen
         if not all(math.isfinite(one.update) and math.isfinite(one.along) for one in seen_by.values()):
             return {**memory, "passed_over": memory.get("passed_over", 0) + 1}
         count = memory.get("count", 0) + 1
@@ -383,16 +388,17 @@ class Swats(Trigger):
         return after
 
     def _relative(self, before: Mapping[str, Any], seen: Projection, count: int) -> dict[str, Any]:
+        parts = {"update": seen.update / seen.lr**2, "along": seen.along / seen.lr}
         after = {
-            f"{part}_{length}": before.get(f"{part}_{length}", 0.0) * (1 - 1 / looks) + getattr(seen, part) / looks
+            f"{part}_{length}": before.get(f"{part}_{length}", 0.0) * (1 - 1 / looks) + value / looks
             for length, looks in (("short", self.window), ("long", 10 * self.window))
-            for part in ("update", "along")
+            for part, value in parts.items()
         }
         after["agreed"] = 0
         if after["along_short"] <= 0 or after["along_long"] <= 0:
             return after
         # Both begin at zero, and so do over and under alike: the ratios need no correction.
-        short, lr = (after[f"update_{length}"] / after[f"along_{length}"] for length in ("short", "long"))
+        short, lr = (seen.lr * after[f"update_{length}"] / after[f"along_{length}"] for length in ("short", "long"))
         after |= {"lr": lr, "gap": abs(lr - short) / lr if lr else math.inf}
         if count >= 2 * self.window and after["gap"] <= self.rtol:
             after["agreed"] = before.get("agreed", 0) + 1
@@ -410,9 +416,9 @@ class Swats(Trigger):
 
 
 def _joined(projections: Iterable[Projection]) -> Projection:
-    """Of all groups together; their decay rates are those of the first."""
+    """Of all groups together; the first stands for what one schedule does to all, and for the decay rate."""
     several = list(projections)
-    return Projection(sum(one.update for one in several), sum(one.along for one in several), several[0].beta2)
+    return several[0]._replace(update=sum(one.update for one in several), along=sum(one.along for one in several))
 
 
 @dataclass(frozen=True, kw_only=True)
