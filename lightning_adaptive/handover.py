@@ -271,10 +271,8 @@ def cross(
         notes.append(f"{rates.count(None)} of {len(rates)} learning rates could not be found and are the configured ones")
     if handover.weight_decay == "match":
         notes.append(_match_decay(running, following, groups, factor))
-    shared = 0
-    if handover.momentum == "carry":
-        shared, note = _carry(running, following, groups, whole)
-        notes.append(note)
+    shared, note = _carry(running, following, groups, whole) if handover.momentum == "carry" else (0, "momentum zero")
+    notes.append(note)
     limit = None
     if handover.guard is not None:
         limit = handover.guard * _update_norm(running, whole)

@@ -46,6 +46,9 @@ class PhaseReport:
         metric: the monitored metric at its last validation, if there was one.
         seconds: time it took.
         state_bytes: bytes of the optimizer's state.
+        decays: weight decay of each group that has one, at its first update.
+        explanation: why it began, and what crossed the switch to it; empty for the first.
+        seen: what the trigger of the next switch saw last.
     """
 
     number: int
@@ -59,6 +62,9 @@ class PhaseReport:
     metric: float | None = None
     seconds: float = 0.0
     state_bytes: int = 0
+    decays: list[float] = field(default_factory=list)
+    explanation: str = ""
+    seen: dict[str, float] = field(default_factory=dict)
 
 
 class RunReport(Callback):
@@ -101,7 +107,18 @@ class RunReport(Callback):
         assert self._open is not None
         self._open = replace(self._open, end_step=trainer.global_step)
         if not self._open.lr_first and trainer.global_step > self._open.first_step:
-            self._open = replace(self._open, lr_first=_floats(self._lrs), state_bytes=state_bytes(running_optimizer(trainer)))
+            optimizer = running_optimizer(trainer)
+            decays = [float(group["weight_decay"]) for group in optimizer.param_groups if "weight_decay" in group]
+            self._open = replace(
+                self._open,
+                lr_first=_floats(self._lrs),
+                decays=decays,
+                state_bytes=state_bytes(optimizer),
+                explanation=_why(trainer),
+            )
+        switch = find_switch(trainer)
+        if switch is not None and (seen := switch.shows):
+            self._open = replace(self._open, seen=seen)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validated |= not trainer.sanity_checking
@@ -181,6 +198,18 @@ def table(phases: Sequence[PhaseReport], metric: str | None) -> tuple[list[str],
         for phase in phases
     ]
     return header, rows
+
+
+def explanations(phases: Sequence[PhaseReport]) -> list[str]:
+    """Why each phase began, and what the trigger after it saw last, a line each."""
+    lines = []
+    for phase in phases:
+        if phase.explanation:
+            lines.append(f"phase {phase.number}  because {phase.explanation}")
+        if phase.seen:
+            seen = ", ".join(f"{name} {value:.4g}" for name, value in phase.seen.items())
+            lines.append(f"phase {phase.number}  the trigger last saw {seen}")
+    return lines
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -275,6 +304,11 @@ def read_curves(metrics_csv: Path) -> dict[str, tuple[list[int], list[float]]]:
                     curves[name][0].append(int(row["step"]))
                     curves[name][1].append(float(cell))
     return dict(curves)
+
+
+def _why(trainer: Trainer) -> str:
+    switch = find_switch(trainer)
+    return switch.explanation if switch else ""
 
 
 def _phase_number(trainer: Trainer) -> int:

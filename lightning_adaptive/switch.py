@@ -48,6 +48,7 @@ class SwitchState:
         partition: its parameter groups by name.
         trigger: what the trigger of the next switch has seen.
         reason: why the phase began.
+        handed: what crossed the switch to it, and by which rules.
         limit: the norm to which its first updates are held; ``None`` without a guard.
         shapes: shape of each whole parameter of the groups.
         settings: what the run was configured with, to tell a resumed run what has changed.
@@ -60,6 +61,7 @@ class SwitchState:
     partition: Partition = ()
     trigger: Memory = field(default_factory=dict)
     reason: str = ""
+    handed: str = ""
     limit: float | None = None
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     settings: Settings = field(default_factory=dict)
@@ -79,6 +81,7 @@ class SwitchState:
             "partition": groups,
             "trigger": dict(self.trigger),
             "reason": self.reason,
+            "handed": self.handed,
             "limit": self.limit,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "settings": dict(self.settings),
@@ -107,7 +110,7 @@ class SwitchState:
                 )
                 for group in state["partition"]
             )
-            trigger, reason = dict(state["trigger"]), str(state["reason"])
+            trigger, reason, handed = dict(state["trigger"]), str(state["reason"]), str(state["handed"])
             limit = None if state["limit"] is None else float(state["limit"])
             shapes = {str(name): tuple(int(size) for size in shape) for name, shape in state["shapes"].items()}
             settings = {str(key): value for key, value in state["settings"].items()}
@@ -119,7 +122,7 @@ class SwitchState:
                 f"{schedule_step}."
             )
         optimizer = str(state.get("optimizer", ""))
-        return cls(phase, first_step, schedule_step, optimizer, partition, trigger, reason, limit, shapes, settings)
+        return cls(phase, first_step, schedule_step, optimizer, partition, trigger, reason, handed, limit, shapes, settings)
 
 
 class PlannedPhase(NamedTuple):
@@ -258,9 +261,9 @@ class OptimizerSwitchCallback(Callback):
         return self._state.first_step
 
     @property
-    def reason(self) -> str:
-        """Why the running phase began; empty in the first."""
-        return self._state.reason
+    def explanation(self) -> str:
+        """Why the running phase began, and what crossed the switch to it by which rules; empty in the first."""
+        return f"{self._state.reason}; {self._state.handed}" if self.phase else ""
 
     @property
     def shows(self) -> dict[str, float]:
@@ -669,7 +672,8 @@ class OptimizerSwitchCallback(Callback):
         _warn_at_foot(running, switch.handover)
         del running  # or it could not be freed
         phase, state, crossed = self._build_next(trainer, pl_module)
-        after = f"{phases.describe(phase.optimizer)} ({_lr_rule(switch.handover, phase.optimizer)})"
+        after, rule = phases.describe(phase.optimizer), _lr_rule(switch.handover, phase.optimizer)
+        state = replace(state, handed=", ".join([f"lr {rule}", *crossed.notes]))
         self._exchange(trainer, phase, state)
         self._moments = self._moments[1:]
         self._hold(trainer)
@@ -677,14 +681,13 @@ class OptimizerSwitchCallback(Callback):
         fate = "freed" if old() is None else "still held elsewhere"
         facts = [
             describe_schedule(phase.lr_scheduler),
-            *([] if switch.handover.momentum == "carry" else ["momentum zero"]),
             *crossed.notes,
             f"{fate} {format_bytes(freed - crossed.shared)}",
             *phase.notes,
         ]
         self._announce(
             trainer,
-            f"SWITCH at step {state.first_step} (epoch {trainer.current_epoch}): {before} -> {after}, "
+            f"SWITCH at step {state.first_step} (epoch {trainer.current_epoch}): {before} -> {after} ({rule}), "
             f"because {state.reason}; {', '.join(facts)}",
         )
 

@@ -362,6 +362,7 @@ def test_every_field_of_the_state_survives(tmp_path: Path) -> None:
         "schedule_step": 16,
         "trigger": {},
         "reason": "at=2ep was reached",
+        "handed": "lr own, momentum zero",
         "limit": None,
         "optimizer": "SGD",
         "partition": [

@@ -40,12 +40,12 @@ def show_plan(plan: Plan, file: Path) -> None:
     Console(soft_wrap=True, highlight=False).print(escape(str(plan)))
 
 
-def show_result(header: Sequence[str], rows: Sequence[Sequence[str]], test: str, folder: Path) -> None:
-    """Prints the closing table, the test metrics, and what lies in the run folder."""
+def show_result(header: Sequence[str], rows: Sequence[Sequence[str]], lines: Sequence[str], folder: Path) -> None:
+    """Prints the closing table, lines below it, and what lies in the run folder."""
     console = Console(soft_wrap=True, highlight=False)
     console.print(escape(f"\n{aligned(header, rows)}\n"))
-    if test:
-        console.print(escape(f"test   {test}"))
+    for line in lines:
+        console.print(escape(line))
     files = sorted(file.name + ("/" if file.is_dir() else "") for file in folder.iterdir() if not file.name.startswith("."))
     console.print(escape(f"saved  {folder}: {'  '.join(files)}"))
 

@@ -134,14 +134,15 @@ def _close(
 
     header, rows = report.table(phases, monitor)
     test = "  ".join(f"{name} {value:.4f}" for name, value in tested.items())
-    (folder / "summary.md").write_text(f"{report.markdown(header, rows)}\n\n{test}\n", encoding="utf-8")
+    lines = [*report.explanations(phases), *([f"test   {test}"] if test else [])]
+    (folder / "summary.md").write_text("\n\n".join([report.markdown(header, rows), *lines, ""]), encoding="utf-8")
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     facts |= {"steps": trainer.global_step, "best_checkpoint": os.path.relpath(best, folder) if best else None}
     curves = folder / "metrics.csv"
     if curves.is_file():
         report.picture(curves, phases, monitor, folder / "run.png")
     report.write_result(folder / RESULT, phases, {**metrics, **tested}, **facts)
-    show_result(header, rows, test, folder)
+    show_result(header, rows, lines, folder)
 
 
 def _checkpoint(config: DictConfig, folder: Path) -> tuple[Path | None, list[str]]:
