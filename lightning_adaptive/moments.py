@@ -11,6 +11,7 @@ Without momentum it is 1.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -75,15 +76,16 @@ def projections(optimizer: Optimizer, lrs: Sequence[float] | None = None) -> tup
     rows: list[Tensor] = []
     for index, group in enumerate(optimizer.param_groups):
         tensors = [tensor for tensor in group["params"] if tensor.grad is not None and optimizer.state.get(tensor)]
+        if not tensors:
+            continue
         scale, _ = _scales(group if lrs is None else {**group, "lr": lrs[index]}, optimizer.state, tensors)
-        unscaled: list[Tensor] = []
-        for some in _portions(tensors):
-            ratios = _ratios(group, optimizer.state, some)
-            gradients = _gradients(optimizer, group, some)
-            unscaled += [torch.stack([ratio.dot(ratio), ratio.dot(flat)]) for ratio, flat in zip(ratios, gradients, strict=True)]
-        if tensors:
-            found += tensors
-            rows.append(torch.stack(unscaled, dim=1).double() * torch.stack([scale**2, scale]))
+        update: list[Tensor] = []
+        along: list[Tensor] = []
+        for some, ratios in _ratios(group, optimizer.state, tensors):
+            update += map(torch.dot, ratios, ratios)
+            along += map(torch.dot, ratios, _gradients(optimizer, group, some))
+        found += tensors
+        rows.append(torch.stack([torch.stack(update), torch.stack(along)]).double() * torch.stack([scale**2, scale]))
     return found, torch.cat(rows, dim=1) if rows else torch.zeros(2, 0, dtype=torch.float64)
 
 
@@ -171,12 +173,16 @@ def _of_own_family(optimizer: Optimizer) -> tuple[list[Tensor], Tensor]:
 
 def _adam_toward_sgd(group: OptimizerGroup, state: Mapping[Tensor, Any], tensors: Sequence[Tensor]) -> Tensor:
     scale, correction = _scales(group, state, tensors)
-    sums: list[Tensor] = []
-    for some in _portions(tensors):
+    update: list[Tensor] = []
+    along: list[Tensor] = []
+    step: list[Tensor] = []
+    for some, ratios in _ratios(group, state, tensors):
         means = [_flat(state[tensor]["exp_avg"]) for tensor in some]
-        for ratio, mean in zip(_ratios(group, state, some), means, strict=True):
-            sums.append(torch.stack([ratio.dot(ratio), ratio.dot(mean), mean.dot(mean)]))
-    return torch.stack(sums, dim=1).double() * torch.stack([scale**2, scale / correction, correction**-2])
+        update += map(torch.dot, ratios, ratios)
+        along += map(torch.dot, ratios, means)
+        step += map(torch.dot, means, means)
+    rows = torch.stack([torch.stack(update), torch.stack(along), torch.stack(step)])
+    return rows.double() * torch.stack([scale**2, scale / correction, correction**-2])
 
 
 def _sgd_toward_adam(group: OptimizerGroup, state: Mapping[Tensor, Any], tensors: Sequence[Tensor]) -> Tensor:
@@ -189,19 +195,23 @@ def _sgd_toward_adam(group: OptimizerGroup, state: Mapping[Tensor, Any], tensors
     return torch.stack(sums, dim=1).double() * torch.tensor([[lr**2], [lr], [1.0]], dtype=torch.float64).to(sums[0].device)
 
 
-def _ratios(group: OptimizerGroup, state: Mapping[Tensor, Any], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """``m / (sqrt(v) + eps sqrt(1 - beta2^t))``, flat: Adam's step without its `_scales`."""
+def _ratios(
+    group: OptimizerGroup, state: Mapping[Tensor, Any], tensors: Sequence[Tensor]
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """``m / (sqrt(v) + eps sqrt(1 - beta2^t))``, flat: Adam's step without its `_scales`; by portions, with their tensors."""
     second = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
-    roots = torch._foreach_sqrt([_flat(state[tensor][second]) for tensor in tensors])
-    corrections = (1 - group["betas"][1] ** _steps(state, tensors)).sqrt() * group["eps"]
-    torch._foreach_add_(roots, _each(corrections))
-    return list(torch._foreach_div([_flat(state[tensor]["exp_avg"]) for tensor in tensors], roots))
+    smallest = iter(_each((1 - group["betas"][1] ** _steps(state, tensors)).sqrt() * group["eps"]))
+    for some in _portions(tensors):
+        roots = torch._foreach_sqrt([_flat(state[tensor][second]) for tensor in some])
+        torch._foreach_add_(roots, list(itertools.islice(smallest, len(some))))
+        # In place: on a CPU the pages of a second result would cost more than all that is computed.
+        torch._foreach_reciprocal_(roots)
+        torch._foreach_mul_(roots, [_flat(state[tensor]["exp_avg"]) for tensor in some])
+        yield some, list(roots)
 
 
 def _scales(group: OptimizerGroup, state: Mapping[Tensor, Any], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Of each tensor ``lr sqrt(1 - beta2^t) / (1 - beta1^t)``, which makes `_ratios` the step, and ``1 - beta1^t``."""
-    if not tensors:
-        return torch.zeros(0, dtype=torch.float64), torch.ones(0, dtype=torch.float64)
     steps = _steps(state, tensors).to(local(tensors[0]).device)
     first, second = 1 - group["betas"][0] ** steps, 1 - group["betas"][1] ** steps
     return group["lr"] * second.sqrt() / first, first
