@@ -56,12 +56,18 @@ def local(tensor: Tensor) -> Tensor:
     return shard
 
 
+def real(tensor: Tensor) -> Tensor:
+    """What lies on this process of a tensor, and of complex numbers both parts as a last dimension."""
+    here = local(tensor)
+    return torch.view_as_real(here) if here.is_complex() else here
+
+
 def projections(optimizer: Optimizer) -> tuple[list[Tensor], Tensor]:
     """Of Adam's last step ``p`` and the gradient ``g`` that it was made with, ``p.p`` and ``-p.g`` of each tensor.
 
     Their ratio is the learning rate at which plain SGD, ``-gamma g``, projected onto ``p`` is ``p`` (Keskar & Socher 2017,
     arXiv 1712.07628, equation 3). Nothing waits for the device. Weight decay that is decoupled is no part of ``p``; one that is
-    not belongs to ``g``. Of RAdam and NAdam ``p`` is Adam's step from the same state.
+    not belongs to ``g``. Of NAdam ``p`` is Adam's step from the same state, and so it is of RAdam's first five.
 
     Args:
         optimizer: one of the family ``adam``, after a step, with its gradients still there.
@@ -74,15 +80,19 @@ def projections(optimizer: Optimizer) -> tuple[list[Tensor], Tensor]:
     rows: list[Tensor] = []
     for group in optimizer.param_groups:
         tensors = [tensor for tensor in group["params"] if tensor.grad is not None and optimizer.state.get(tensor)]
-        scale, _ = _scales(group, optimizer.state, tensors)
+        if not tensors:
+            continue
+        scale, _ = _scales(optimizer, group, tensors)
         unscaled: list[Tensor] = []
         for some in _portions(tensors):
-            ratios = _ratios(group, optimizer.state, some)
-            gradients = _gradients(optimizer, group, some)
+            ratios, gradients = _ratios(optimizer, group, some), _gradients(optimizer, group, some)
             unscaled += [torch.stack([ratio.dot(ratio), ratio.dot(flat)]) for ratio, flat in zip(ratios, gradients, strict=True)]
-        if tensors:
-            found += tensors
-            rows.append(torch.stack(unscaled, dim=1).double() * torch.stack([scale**2, scale]))
+        update, along = torch.stack(unscaled, dim=1).double() * torch.stack([scale**2, scale])
+        if not is_decoupled(optimizer, group):
+            # The decay was that of the weights before the step, which now are `p` further.
+            along = along + group["weight_decay"] * update
+        found += tensors
+        rows.append(torch.stack([update, along]))
     return found, torch.cat(rows, dim=1) if rows else torch.zeros(2, 0, dtype=torch.float64)
 
 
@@ -111,9 +121,7 @@ def updates(optimizer: Optimizer, toward: Family) -> tuple[list[Tensor], Tensor]
             continue
         found += tensors
         rows.append(
-            _adam_toward_sgd(group, optimizer.state, tensors)
-            if own == "adam"
-            else _sgd_toward_adam(group, optimizer.state, tensors)
+            _adam_toward_sgd(optimizer, group, tensors) if own == "adam" else _sgd_toward_adam(group, optimizer.state, tensors)
         )
     return found, torch.cat(rows, dim=1) if rows else torch.zeros(3, 0, dtype=torch.float64)
 
@@ -168,12 +176,12 @@ def _of_own_family(optimizer: Optimizer) -> tuple[list[Tensor], Tensor]:
     return [tensor for tensor, _ in pairs], torch.stack([lrs**2, lrs, torch.ones_like(lrs)])
 
 
-def _adam_toward_sgd(group: OptimizerGroup, state: Mapping[Tensor, Any], tensors: Sequence[Tensor]) -> Tensor:
-    scale, correction = _scales(group, state, tensors)
+def _adam_toward_sgd(optimizer: Optimizer, group: OptimizerGroup, tensors: Sequence[Tensor]) -> Tensor:
+    scale, correction = _scales(optimizer, group, tensors)
     sums: list[Tensor] = []
     for some in _portions(tensors):
-        means = [_flat(state[tensor]["exp_avg"]) for tensor in some]
-        for ratio, mean in zip(_ratios(group, state, some), means, strict=True):
+        means = [_flat(optimizer.state[tensor]["exp_avg"]) for tensor in some]
+        for ratio, mean in zip(_ratios(optimizer, group, some), means, strict=True):
             sums.append(torch.stack([ratio.dot(ratio), ratio.dot(mean), mean.dot(mean)]))
     return torch.stack(sums, dim=1).double() * torch.stack([scale**2, scale / correction, correction**-2])
 
@@ -188,26 +196,35 @@ def _sgd_toward_adam(group: OptimizerGroup, state: Mapping[Tensor, Any], tensors
     return torch.stack(sums, dim=1).double() * torch.tensor([[lr**2], [lr], [1.0]], dtype=torch.float64).to(sums[0].device)
 
 
-def _ratios(group: OptimizerGroup, state: Mapping[Tensor, Any], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """``m / (sqrt(v) + eps sqrt(1 - beta2^t))``, flat: Adam's step without its `_scales`."""
-    second = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
+def _ratios(optimizer: Optimizer, group: OptimizerGroup, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """``m / (sqrt(v) + eps sqrt(1 - beta2^t))``, flat: Adam's step without its `_scales`. RAdam adds a plain ``eps``."""
+    state, second = optimizer.state, "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
     roots = torch._foreach_sqrt([_flat(state[tensor][second]) for tensor in tensors])
-    corrections = (1 - group["betas"][1] ** _steps(state, tensors)).sqrt() * group["eps"]
-    torch._foreach_add_(roots, _each(corrections))
+    corrections = (1 - group["betas"][1] ** _steps(optimizer, tensors)).sqrt()
+    torch._foreach_add_(roots, group["eps"] if isinstance(optimizer, RAdam) else _each(corrections * group["eps"]))
     return list(torch._foreach_div([_flat(state[tensor]["exp_avg"]) for tensor in tensors], roots))
 
 
-def _scales(group: OptimizerGroup, state: Mapping[Tensor, Any], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _scales(optimizer: Optimizer, group: OptimizerGroup, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Of each tensor ``lr sqrt(1 - beta2^t) / (1 - beta1^t)``, which makes `_ratios` the step, and ``1 - beta1^t``."""
-    if not tensors:
-        return torch.zeros(0, dtype=torch.float64), torch.ones(0, dtype=torch.float64)
-    steps = _steps(state, tensors).to(local(tensors[0]).device)
+    steps = _steps(optimizer, tensors).to(local(tensors[0]).device)
     first, second = 1 - group["betas"][0] ** steps, 1 - group["betas"][1] ** steps
-    return group["lr"] * second.sqrt() / first, first
+    scale = group["lr"] * second.sqrt() / first
+    return scale * _rectifications(group, steps) if isinstance(optimizer, RAdam) else scale, first
 
 
-def _steps(state: Mapping[Tensor, Any], tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack([local(state[tensor]["step"]) for tensor in tensors]).double()
+def _rectifications(group: OptimizerGroup, steps: Tensor) -> Tensor:
+    """RAdam's factor (Liu et al. 2020, arXiv 1908.03265), from the step on at which it has one."""
+    beta2 = group["betas"][1]
+    last = 2 / (1 - beta2) - 1
+    length = last - 2 * steps * beta2**steps / (1 - beta2**steps)
+    factor = ((length - 4) * (length - 2) * last / ((last - 4) * (last - 2) * length)).sqrt()
+    return torch.where(length > 5, factor, 1.0)
+
+
+def _steps(optimizer: Optimizer, tensors: Sequence[Tensor]) -> Tensor:
+    """Steps of each tensor. One that was never stepped, whose moments are zero, counts as stepped once."""
+    return torch.stack([local(optimizer.state[tensor]["step"]) for tensor in tensors]).double().clamp(min=1)
 
 
 def _each(values: Tensor) -> Any:
@@ -227,9 +244,9 @@ def _gradients(optimizer: Optimizer, group: OptimizerGroup, tensors: Sequence[Te
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """What lies here of a tensor, as a vector, and of complex numbers both parts."""
-    here = local(tensor)
-    return (torch.view_as_real(here) if here.is_complex() else here).reshape(-1)
+    """What lies here of a tensor, as a vector. Of 16 bits are made 32, in which squares and their sums have a place."""
+    here = real(tensor)
+    return (here.float() if here.dtype in (torch.float16, torch.bfloat16) else here).reshape(-1)
 
 
 def _portions(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -253,7 +270,7 @@ def _portions(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 def _for_sgd(tensor: Tensor, state: Mapping[str, Any], old: OptimizerGroup, new: OptimizerGroup) -> dict[str, Any]:
     if "exp_avg" in state:
-        factor = gain(new) / (1 - old["betas"][0] ** float(state["step"]))
+        factor = gain(new) / (1 - old["betas"][0] ** max(float(state["step"]), 1))
         return {"momentum_buffer": state["exp_avg"] * factor}
     if state.get("momentum_buffer") is not None:
         return {"momentum_buffer": _times(state["momentum_buffer"], gain(new) / gain(old))}
@@ -264,26 +281,40 @@ def _for_adam(
     tensor: Tensor, state: Mapping[str, Any], old: OptimizerGroup, following: Optimizer, new: OptimizerGroup
 ) -> dict[str, Any]:
     beta1, beta2 = new["betas"]
+    greatest = None
     if "exp_avg" in state:
-        step, before = float(state["step"]), old["betas"]
-        first = _times(state["exp_avg"], (1 - beta1**step) / (1 - before[0] ** step))
-        second = _times(state["exp_avg_sq"], (1 - beta2**step) / (1 - before[1] ** step))
+        step = float(state["step"])
+        taken = max(step, 1)  # what was never stepped has moments of zero
+        factors = [(1 - after**taken) / (1 - before**taken) for before, after in zip(old["betas"], new["betas"], strict=True)]
+        first, second = _times(state["exp_avg"], factors[0]), _times(state["exp_avg_sq"], factors[1])
+        if "max_exp_avg_sq" in state:
+            greatest = _times(state["max_exp_avg_sq"], factors[1])
     elif state.get("momentum_buffer") is not None:
         step, mean = 1.0, state["momentum_buffer"] / gain(old)
-        first, second = mean * (1 - beta1), mean**2 * (1 - beta2)
+        first, second = mean * (1 - beta1), _square(mean) * (1 - beta2)
     else:
         step, first, second = 0.0, torch.zeros_like(tensor), torch.zeros_like(tensor)
     on_device = new.get("capturable") or new.get("fused")
     device = local(tensor).device if on_device else torch.device("cpu")
-    carried = {"step": torch.tensor(step, device=device), "exp_avg": first, "exp_avg_sq": second}
+    carried = {"step": torch.tensor(step, dtype=torch.float32, device=device), "exp_avg": first, "exp_avg_sq": second}
     if new.get("amsgrad"):
-        carried["max_exp_avg_sq"] = state.get("max_exp_avg_sq", second).clone()
+        carried["max_exp_avg_sq"] = second.clone() if greatest is None else greatest
     if isinstance(following, NAdam):
-        # Its product of the momenta of all steps (Dozat 2016), which no other keeps.
-        steps = torch.arange(1, int(step) + 1, dtype=torch.float64)
-        product = (beta1 * (1 - 0.5 * 0.96 ** (steps * new["momentum_decay"]))).prod()
-        carried["mu_product"] = product.to(torch.float32).to(device)
+        carried["mu_product"] = _mu_product(state, old, new, step).to(device)
     return carried
+
+
+def _mu_product(state: Mapping[str, Any], old: OptimizerGroup, new: OptimizerGroup, step: float) -> Tensor:
+    """NAdam's product of the momenta of all steps (Dozat 2016), which no other keeps."""
+    if "mu_product" in state and all(old[option] == new[option] for option in ("betas", "momentum_decay")):
+        return state["mu_product"]
+    steps = torch.arange(1, int(step) + 1, dtype=torch.float64)
+    return (new["betas"][0] * (1 - 0.5 * 0.96 ** (steps * new["momentum_decay"]))).prod().float()
+
+
+def _square(tensor: Tensor) -> Tensor:
+    """Adam's square, which is of both parts of complex numbers."""
+    return torch.view_as_complex(torch.view_as_real(tensor) ** 2) if tensor.is_complex() else tensor**2
 
 
 def _times(tensor: Tensor, factor: float) -> Tensor:
