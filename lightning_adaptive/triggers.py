@@ -317,7 +317,8 @@ class Swats(Trigger):
         patience: of ``relative``, number of looks in a row for which the averages must agree, at least 1.
         eps: of ``paper``, the tolerated difference, above 0.
         per: ``model`` for one learning rate, found from the sums over all groups; ``group`` for one of each, where it fires when
-            the last of them has settled. There is one decision in either case.
+            the last of them has settled, each at what it found then. One that has never moved is not waited for. There is one
+            decision in either case.
         every_n_steps: steps from one look to the next. The averages are over looks.
 
     Raises:
@@ -352,7 +353,7 @@ class Swats(Trigger):
 
     def estimate(self, memory: Memory) -> dict[str, float]:
         found = {name: group.get("settled_at", group.get("lr")) for name, group in memory.get("groups", {}).items()}
-        return {name: lr for name, lr in found.items() if lr is not None}
+        return {name: lr for name, lr in found.items() if lr is not None and lr > 0}
 
     def _observe(self, memory: Memory, seen: Seen) -> dict[str, Any]:
         if seen.projections is None or seen.step % self.every_n_steps or "fired" in memory:
@@ -363,9 +364,13 @@ class Swats(Trigger):
         count = memory.get("count", 0) + 1
         look = self._paper if self.criterion == "paper" else self._relative
         before = memory.get("groups", {})
-        groups = {name: look(before.get(name, {}), one, count) for name, one in seen_by.items()}
+        groups = {
+            name: look(before.get(name, {}), one, count)
+            for name, one in seen_by.items()
+            if name in before or one.update or one.along
+        }
         after = {**memory, "count": count, "groups": groups}
-        if not all("settled_at" in group for group in groups.values()):
+        if not groups or not all("settled_at" in group for group in groups.values()):
             return after
         lrs = ", ".join(f"{name or 'one'} {group['settled_at']:.4g}" for name, group in groups.items())
         return {**after, "fired": f"the learning rate for SGD has settled, at {lrs.removeprefix('one ')}"}
@@ -388,7 +393,7 @@ class Swats(Trigger):
             for length, looks in (("short", self.window), ("long", 10 * self.window))
             for part in ("update", "along")
         }
-        after["agreed"] = 0
+        after |= {"agreed": 0, **({"settled_at": before["settled_at"]} if "settled_at" in before else {})}
         if after["along_short"] <= 0 or after["along_long"] <= 0:
             return after
         # Both begin at zero, and so do over and under alike: the ratios need no correction.
@@ -397,7 +402,7 @@ class Swats(Trigger):
         if count >= 2 * self.window and after["gap"] <= self.rtol:
             after["agreed"] = before.get("agreed", 0) + 1
         if after["agreed"] >= self.patience:
-            after["settled_at"] = lr
+            after.setdefault("settled_at", lr)
         return after
 
     def shows(self, memory: Memory) -> dict[str, float]:
