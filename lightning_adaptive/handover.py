@@ -50,8 +50,9 @@ class Handover:
 
     Args:
         lr: where the next phase's base learning rates come from. ``"own"``: its configuration. ``"keep"``: what each group has
-            now. Or one of the three that match; ``match_projection`` takes the estimate of a trigger `OnProjection` where there is
-            one. A learning rate that a rule of ``param_groups`` gives stays, and ``lr_scale`` of new rules multiplies.
+            now. Or one of the three that match; ``match_projection`` takes the estimate of a trigger `Swats` where there is one, of
+            the whole model or of each group as `per` says. A learning rate that a rule of ``param_groups`` gives stays, and
+            ``lr_scale`` of new rules multiplies.
         scale: multiplies what the rule gives, above 0.
         per: for which parameters one learning rate is matched: each ``"tensor"``, which then is a group of its own, each
             ``"group"``, or the whole ``"model"``, whose groups keep their ratios.
@@ -172,14 +173,27 @@ class Handover:
                         f"{class_name(optimizer)}. Write {_WITHOUT[name]}.",
                         name,
                     )
+        if self.matches and moments.family(following) == "adam" and _without_momentum(running):
+            raise ConfigError(
+                "the running optimizer is SGD without momentum, which keeps no mean of the gradients. Give it momentum, or write "
+                "own or keep.",
+                "lr",
+            )
         if self.momentum == "carry":
             self._check_momentum(running, following)
+        self._check_gain(running, following)
         if self.guard is not None and _without_momentum(running):
             raise ConfigError("SGD without momentum keeps nothing that tells the length of its updates. Write null.", "guard")
         if self.lr == "keep":
-            _check_one_lr(running, following, partition)
+            merged = _merged(running, following, partition, "lr")
+            if merged is not None:
+                raise ConfigError(
+                    f"the group {merged} takes parameters of running groups with different learning rates. Keep the groups "
+                    "(param_groups: inherit), or write own.",
+                    "lr",
+                )
         if self.weight_decay == "match":
-            self._check_decay(running, following)
+            self._check_decay(running, following, partition)
 
     def _check_momentum(self, running: Optimizer, following: Optimizer) -> None:
         for whose, optimizer in {"the running optimizer": running, "the next one": following}.items():
@@ -189,13 +203,34 @@ class Handover:
                     "momentum",
                 )
 
-    def _check_decay(self, running: Optimizer, following: Optimizer) -> None:
+    def _check_gain(self, running: Optimizer, following: Optimizer) -> None:
+        asks = {"lr": self.matches, "momentum": self.momentum == "carry", "weight_decay": self.weight_decay == "match"}
+        for name in (name for name, asked in asks.items() if asked):
+            for whose, optimizer in {"the running optimizer": running, "the next one": following}.items():
+                for group in optimizer.param_groups if moments.family(optimizer) == "sgd" else ():
+                    momentum, dampening = group["momentum"], group["dampening"]
+                    if momentum and max(momentum, dampening) >= 1:
+                        raise ConfigError(
+                            f"of a constant gradient, momentum {momentum:g} with dampening {dampening:g} makes nothing that "
+                            f"{getattr(self, name)!r} could go by, and {whose} has them. Both must be below 1; or write "
+                            f"{_WITHOUT[name]}.",
+                            name,
+                        )
+
+    def _check_decay(self, running: Optimizer, following: Optimizer, partition: Partition) -> None:
         kinds = [_kind_of_decay(optimizer) for optimizer in (running, following)]
         for optimizer, kind in zip((running, following), kinds, strict=True):
             if kind is None:
                 raise ConfigError(
                     f"how {class_name(optimizer)} shrinks weights is not known, only of {_KNOWN}. Write own.", "weight_decay"
                 )
+        merged = _merged(running, following, partition, "weight_decay")
+        if merged is not None:
+            raise ConfigError(
+                f"the group {merged} takes parameters of running groups with different weight decays. Keep the groups "
+                "(param_groups: inherit), or write own.",
+                "weight_decay",
+            )
         decays = any(group["weight_decay"] for group in running.param_groups)
         if decays and set(kinds) == {"decoupled", "adaptive"}:
             raise ConfigError(
@@ -213,7 +248,7 @@ PRESETS: Mapping[str, Handover] = {
 }
 """Handovers by name; ``conf/handover/`` has the same."""
 
-_WITHOUT = {"lr": "own or keep", "momentum": "zero", "guard": "null"}
+_WITHOUT = {"lr": "own or keep", "momentum": "zero", "weight_decay": "own", "guard": "null"}
 
 
 @dataclass(frozen=True)
@@ -263,8 +298,9 @@ def cross(
     elif handover.lr == "keep":
         rates = [_kept(group, groups, 1.0 if inherits else one.lr_ratio) for group, one in _zipped(following, partition)]
     else:
-        rates = [float(group["lr"]) * factor for group in following.param_groups]
-    _set_rates(handover, following, partition, rates, factor)
+        rates = [float(group["lr"]) * (factor or 1.0) for group in following.param_groups]
+    if handover.lr != "own" or handover.scale != 1:
+        _set_rates(handover, following, partition, rates, factor)
     if configured:
         notes.append(f"configured {_range(configured)}")
     if None in rates:
@@ -276,7 +312,11 @@ def cross(
     limit = None
     if handover.guard is not None:
         limit = handover.guard * _update_norm(running, whole)
-        notes.append(f"updates held to a norm of {limit:.2g} for {handover.guard_for}")
+        if 0 < limit < math.inf:
+            notes.append(f"updates held to a norm of {limit:.2g} for {handover.guard_for}")
+        else:
+            notes.append(f"no guard, as the last update's norm is {limit / handover.guard:g}")
+            limit = None
     return Crossed(tuple(note for note in notes if note), limit, shared)
 
 
@@ -304,7 +344,8 @@ def eta(rule: str, update: float, along: float, step: float) -> float | None:
 class Guard:
     """Holds the first updates of an optimizer to a norm: ``w <- w_before + min(1, limit / |update|) (w - w_before)``.
 
-    It is a pair of the optimizer's own step hooks, which go when the window is over. Nothing waits for the device.
+    It is a pair of the optimizer's own step hooks, which go when the window is over. Nothing waits for the device. An update that
+    is not finite is left as it is.
 
     Args:
         optimizer: the optimizer.
@@ -330,18 +371,19 @@ class Guard:
         self._before = []
 
     def _keep(self, optimizer: Optimizer, _: Any, __: Any) -> None:
-        self._before = [moments.local(tensor.detach()).clone() for tensor in _parameters(optimizer)]
+        self._before = [moments.real(tensor.detach()).clone() for tensor in _parameters(optimizer)]
 
     @torch.no_grad()
     def _hold(self, optimizer: Optimizer, _: Any, __: Any) -> None:
         parameters = _parameters(optimizer)
-        weights = [moments.local(tensor.detach()) for tensor in parameters]
-        moved = torch._foreach_norm(torch._foreach_sub(weights, self._before))
-        norm = self._whole(parameters, torch.stack(moved).double()[None] ** 2).sum().sqrt()
-        # An update that is not finite is none of the guard's business.
-        back = (1 - self._limit / norm).clamp(min=0).nan_to_num(0.0, 0.0, 0.0)
+        weights = [moments.real(tensor.detach()) for tensor in parameters]
+        moved = torch._foreach_norm(torch._foreach_sub(weights, self._before), dtype=torch.float64)
+        norm = self._whole(parameters, torch.stack(moved)[None] ** 2).sum().sqrt()
+        share = self._limit / norm
+        is_held = (share < 1) & norm.isfinite()
         for weight, before in zip(weights, self._before, strict=True):
-            weight.lerp_(before, back.to(weight.device, weight.dtype))
+            held = before.lerp(weight, share.to(weight.device, weight.dtype))
+            weight.copy_(torch.where(is_held.to(weight.device), held, weight))
         self._left -= 1
         self._before = []
         if self._left <= 0:
@@ -416,16 +458,13 @@ def _update_norm(running: Optimizer, whole: Whole) -> float:
     return math.sqrt(float(whole(tensors, rows)[0].sum()))
 
 
-def _check_one_lr(running: Optimizer, following: Optimizer, partition: Partition) -> None:
-    lr = {tensor: float(group["lr"]) for group in running.param_groups for tensor in group["params"] if "lr" in group}
+def _merged(running: Optimizer, following: Optimizer, partition: Partition, option: str) -> str | None:
+    """The first of the next groups whose parameters have had different values of an option."""
+    had = {tensor: float(group[option]) for group in running.param_groups for tensor in group["params"] if option in group}
     for group, recorded in zip(following.param_groups, partition, strict=False):
-        several = {lr[tensor] for tensor in group["params"] if tensor in lr}
-        if len(several) > 1:
-            raise ConfigError(
-                f"the group {recorded.name or 0} takes parameters of running groups with different learning rates. Keep the groups "
-                "(param_groups: inherit), or write own.",
-                "lr",
-            )
+        if len({had[tensor] for tensor in group["params"] if tensor in had}) > 1:
+            return str(recorded.name or 0)
+    return None
 
 
 # Weight decay
@@ -480,8 +519,8 @@ def _carry(running: Optimizer, following: Optimizer, groups: Mapping[Tensor, Opt
 def _count_of_faults(state: Mapping[str, Tensor]) -> Tensor:
     """Number of tensors with values that are not finite, of what lies on this process."""
     # A sum tells it in one pass: what is not finite makes it so.
-    sums = torch.stack([moments.local(value).sum().abs() for value in state.values() if value.dim()])
-    return (~sums.isfinite()).sum()
+    moved = [moments.local(value) for name, value in state.items() if name not in ("step", "mu_product")]
+    return (~torch.stack([value.sum().abs() for value in moved]).isfinite()).sum()
 
 
 def _without_momentum(optimizer: Optimizer) -> bool:

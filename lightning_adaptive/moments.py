@@ -57,12 +57,18 @@ def local(tensor: Tensor) -> Tensor:
     return shard
 
 
+def real(tensor: Tensor) -> Tensor:
+    """What lies on this process of a tensor, and of complex numbers both parts as a last dimension."""
+    here = local(tensor)
+    return torch.view_as_real(here) if here.is_complex() else here
+
+
 def projections(optimizer: Optimizer, lrs: Sequence[float] | None = None) -> tuple[list[Tensor], Tensor]:
     """Of Adam's last step ``p`` and the gradient ``g`` that it was made with, ``p.p`` and ``-p.g`` of each tensor.
 
     Their ratio is the learning rate at which plain SGD, ``-gamma g``, projected onto ``p`` is ``p`` (Keskar & Socher 2017,
     arXiv 1712.07628, equation 3). Nothing waits for the device. Weight decay that is decoupled is no part of ``p``; one that is
-    not belongs to ``g``. Of RAdam and NAdam ``p`` is Adam's step from the same state.
+    not belongs to ``g``. Of NAdam ``p`` is Adam's step from the same state, and so it is of RAdam's first five.
 
     Args:
         optimizer: one of the family ``adam``, after a step, with its gradients still there.
@@ -78,14 +84,18 @@ def projections(optimizer: Optimizer, lrs: Sequence[float] | None = None) -> tup
         tensors = [tensor for tensor in group["params"] if tensor.grad is not None and optimizer.state.get(tensor)]
         if not tensors:
             continue
-        scale, _ = _scales(group if lrs is None else {**group, "lr": lrs[index]}, optimizer.state, tensors)
-        update: list[Tensor] = []
-        along: list[Tensor] = []
-        for some, ratios in _ratios(group, optimizer.state, tensors):
-            update += map(torch.dot, ratios, ratios)
-            along += map(torch.dot, ratios, _gradients(optimizer, group, some))
+        scale, _ = _scales(optimizer, group if lrs is None else {**group, "lr": lrs[index]}, tensors)
+        norms: list[Tensor] = []
+        dots: list[Tensor] = []
+        for some, ratios in _ratios(optimizer, group, tensors):
+            norms += map(torch.dot, ratios, ratios)
+            dots += map(torch.dot, ratios, _gradients(optimizer, group, some))
+        update, along = torch.stack([torch.stack(norms), torch.stack(dots)]).double() * torch.stack([scale**2, scale])
+        if not is_decoupled(optimizer, group):
+            # The decay was that of the weights before the step, which now are `p` further.
+            along = along + group["weight_decay"] * update
         found += tensors
-        rows.append(torch.stack([torch.stack(update), torch.stack(along)]).double() * torch.stack([scale**2, scale]))
+        rows.append(torch.stack([update, along]))
     return found, torch.cat(rows, dim=1) if rows else torch.zeros(2, 0, dtype=torch.float64)
 
 
@@ -114,9 +124,7 @@ def updates(optimizer: Optimizer, toward: Family) -> tuple[list[Tensor], Tensor]
             continue
         found += tensors
         rows.append(
-            _adam_toward_sgd(group, optimizer.state, tensors)
-            if own == "adam"
-            else _sgd_toward_adam(group, optimizer.state, tensors)
+            _adam_toward_sgd(optimizer, group, tensors) if own == "adam" else _sgd_toward_adam(group, optimizer.state, tensors)
         )
     return found, torch.cat(rows, dim=1) if rows else torch.zeros(3, 0, dtype=torch.float64)
 
@@ -171,13 +179,13 @@ def _of_own_family(optimizer: Optimizer) -> tuple[list[Tensor], Tensor]:
     return [tensor for tensor, _ in pairs], torch.stack([lrs**2, lrs, torch.ones_like(lrs)])
 
 
-def _adam_toward_sgd(group: OptimizerGroup, state: Mapping[Tensor, Any], tensors: Sequence[Tensor]) -> Tensor:
-    scale, correction = _scales(group, state, tensors)
+def _adam_toward_sgd(optimizer: Optimizer, group: OptimizerGroup, tensors: Sequence[Tensor]) -> Tensor:
+    scale, correction = _scales(optimizer, group, tensors)
     update: list[Tensor] = []
     along: list[Tensor] = []
     step: list[Tensor] = []
-    for some, ratios in _ratios(group, state, tensors):
-        means = [_flat(state[tensor]["exp_avg"]) for tensor in some]
+    for some, ratios in _ratios(optimizer, group, tensors):
+        means = [_flat(optimizer.state[tensor]["exp_avg"]) for tensor in some]
         update += map(torch.dot, ratios, ratios)
         along += map(torch.dot, ratios, means)
         step += map(torch.dot, means, means)
@@ -195,30 +203,43 @@ def _sgd_toward_adam(group: OptimizerGroup, state: Mapping[Tensor, Any], tensors
     return torch.stack(sums, dim=1).double() * torch.tensor([[lr**2], [lr], [1.0]], dtype=torch.float64).to(sums[0].device)
 
 
-def _ratios(
-    group: OptimizerGroup, state: Mapping[Tensor, Any], tensors: Sequence[Tensor]
-) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """``m / (sqrt(v) + eps sqrt(1 - beta2^t))``, flat: Adam's step without its `_scales`; by portions, with their tensors."""
-    second = "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
-    smallest = iter(_each((1 - group["betas"][1] ** _steps(state, tensors)).sqrt() * group["eps"]))
+def _ratios(optimizer: Optimizer, group: OptimizerGroup, tensors: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """``m / (sqrt(v) + eps sqrt(1 - beta2^t))``, flat: Adam's step without its `_scales`. RAdam adds a plain ``eps``.
+
+    By portions, with the tensors of each.
+    """
+    state, second = optimizer.state, "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
+    corrections = (1 - group["betas"][1] ** _steps(optimizer, tensors)).sqrt()
+    least = iter(_each((torch.ones_like(corrections) if isinstance(optimizer, RAdam) else corrections) * group["eps"]))
     for some in _portions(tensors):
         roots = torch._foreach_sqrt([_flat(state[tensor][second]) for tensor in some])
-        torch._foreach_add_(roots, list(itertools.islice(smallest, len(some))))
+        torch._foreach_add_(roots, list(itertools.islice(least, len(some))))
         # In place: on a CPU the pages of a second result would cost more than all that is computed.
         torch._foreach_reciprocal_(roots)
         torch._foreach_mul_(roots, [_flat(state[tensor]["exp_avg"]) for tensor in some])
         yield some, list(roots)
 
 
-def _scales(group: OptimizerGroup, state: Mapping[Tensor, Any], tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _scales(optimizer: Optimizer, group: OptimizerGroup, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Of each tensor ``lr sqrt(1 - beta2^t) / (1 - beta1^t)``, which makes `_ratios` the step, and ``1 - beta1^t``."""
-    steps = _steps(state, tensors).to(local(tensors[0]).device)
+    steps = _steps(optimizer, tensors).to(local(tensors[0]).device)
     first, second = 1 - group["betas"][0] ** steps, 1 - group["betas"][1] ** steps
-    return group["lr"] * second.sqrt() / first, first
+    scale = group["lr"] * second.sqrt() / first
+    return scale * _rectifications(group, steps) if isinstance(optimizer, RAdam) else scale, first
 
 
-def _steps(state: Mapping[Tensor, Any], tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack([local(state[tensor]["step"]) for tensor in tensors]).double()
+def _rectifications(group: OptimizerGroup, steps: Tensor) -> Tensor:
+    """RAdam's factor (Liu et al. 2020, arXiv 1908.03265), from the step on at which it has one."""
+    beta2 = group["betas"][1]
+    last = 2 / (1 - beta2) - 1
+    length = last - 2 * steps * beta2**steps / (1 - beta2**steps)
+    factor = ((length - 4) * (length - 2) * last / ((last - 4) * (last - 2) * length)).sqrt()
+    return torch.where(length > 5, factor, 1.0)
+
+
+def _steps(optimizer: Optimizer, tensors: Sequence[Tensor]) -> Tensor:
+    """Steps of each tensor. One that was never stepped, whose moments are zero, counts as stepped once."""
+    return torch.stack([local(optimizer.state[tensor]["step"]) for tensor in tensors]).double().clamp(min=1)
 
 
 def _each(values: Tensor) -> Any:
@@ -238,9 +259,9 @@ def _gradients(optimizer: Optimizer, group: OptimizerGroup, tensors: Sequence[Te
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """What lies here of a tensor, as a vector, and of complex numbers both parts."""
-    here = local(tensor)
-    return (torch.view_as_real(here) if here.is_complex() else here).reshape(-1)
+    """What lies here of a tensor, as a vector. Of 16 bits are made 32, in which squares and their sums have a place."""
+    here = real(tensor)
+    return (here.float() if here.dtype in (torch.float16, torch.bfloat16) else here).reshape(-1)
 
 
 def _portions(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -264,7 +285,7 @@ def _portions(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 def _for_sgd(tensor: Tensor, state: Mapping[str, Any], old: OptimizerGroup, new: OptimizerGroup) -> dict[str, Any]:
     if "exp_avg" in state:
-        factor = gain(new) / (1 - old["betas"][0] ** float(state["step"]))
+        factor = gain(new) / (1 - old["betas"][0] ** max(float(state["step"]), 1))
         return {"momentum_buffer": state["exp_avg"] * factor}
     if state.get("momentum_buffer") is not None:
         return {"momentum_buffer": _times(state["momentum_buffer"], gain(new) / gain(old))}
@@ -275,26 +296,40 @@ def _for_adam(
     tensor: Tensor, state: Mapping[str, Any], old: OptimizerGroup, following: Optimizer, new: OptimizerGroup
 ) -> dict[str, Any]:
     beta1, beta2 = new["betas"]
+    greatest = None
     if "exp_avg" in state:
-        step, before = float(state["step"]), old["betas"]
-        first = _times(state["exp_avg"], (1 - beta1**step) / (1 - before[0] ** step))
-        second = _times(state["exp_avg_sq"], (1 - beta2**step) / (1 - before[1] ** step))
+        step = float(state["step"])
+        taken = max(step, 1)  # what was never stepped has moments of zero
+        factors = [(1 - after**taken) / (1 - before**taken) for before, after in zip(old["betas"], new["betas"], strict=True)]
+        first, second = _times(state["exp_avg"], factors[0]), _times(state["exp_avg_sq"], factors[1])
+        if "max_exp_avg_sq" in state:
+            greatest = _times(state["max_exp_avg_sq"], factors[1])
     elif state.get("momentum_buffer") is not None:
         step, mean = 1.0, state["momentum_buffer"] / gain(old)
-        first, second = mean * (1 - beta1), mean**2 * (1 - beta2)
+        first, second = mean * (1 - beta1), _square(mean) * (1 - beta2)
     else:
         step, first, second = 0.0, torch.zeros_like(tensor), torch.zeros_like(tensor)
     on_device = new.get("capturable") or new.get("fused")
     device = local(tensor).device if on_device else torch.device("cpu")
-    carried = {"step": torch.tensor(step, device=device), "exp_avg": first, "exp_avg_sq": second}
+    carried = {"step": torch.tensor(step, dtype=torch.float32, device=device), "exp_avg": first, "exp_avg_sq": second}
     if new.get("amsgrad"):
-        carried["max_exp_avg_sq"] = state.get("max_exp_avg_sq", second).clone()
+        carried["max_exp_avg_sq"] = second.clone() if greatest is None else greatest
     if isinstance(following, NAdam):
-        # Its product of the momenta of all steps (Dozat 2016), which no other keeps.
-        steps = torch.arange(1, int(step) + 1, dtype=torch.float64)
-        product = (beta1 * (1 - 0.5 * 0.96 ** (steps * new["momentum_decay"]))).prod()
-        carried["mu_product"] = product.to(torch.float32).to(device)
+        carried["mu_product"] = _mu_product(state, old, new, step).to(device)
     return carried
+
+
+def _mu_product(state: Mapping[str, Any], old: OptimizerGroup, new: OptimizerGroup, step: float) -> Tensor:
+    """NAdam's product of the momenta of all steps (Dozat 2016), which no other keeps."""
+    if "mu_product" in state and all(old[option] == new[option] for option in ("betas", "momentum_decay")):
+        return state["mu_product"]
+    steps = torch.arange(1, int(step) + 1, dtype=torch.float64)
+    return (new["betas"][0] * (1 - 0.5 * 0.96 ** (steps * new["momentum_decay"]))).prod().float()
+
+
+def _square(tensor: Tensor) -> Tensor:
+    """Adam's square, which is of both parts of complex numbers."""
+    return torch.view_as_complex(torch.view_as_real(tensor) ** 2) if tensor.is_complex() else tensor**2
 
 
 def _times(tensor: Tensor, factor: float) -> Tensor:

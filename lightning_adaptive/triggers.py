@@ -317,10 +317,12 @@ class Swats(Trigger):
         criterion: ``relative`` or ``paper``.
         rtol: of ``relative``, the tolerated difference as a share, above 0.
         window: of ``relative``, number of looks that the shorter average spans, at least 2. Nothing fires before twice as many.
-        patience: of ``relative``, number of looks in a row for which the averages must agree, at least 1.
+        patience: of ``relative``, number of looks in a row for which the averages must agree, at least 1. In the beginning both
+            are over nearly the same looks, and only patience sees a slow drift.
         eps: of ``paper``, the tolerated difference, above 0.
         per: ``model`` for one learning rate, found from the sums over all groups; ``group`` for one of each, where it fires when
-            the last of them has settled. There is one decision in either case.
+            the last of them has settled, each at what it found then. One that has never moved is not waited for. There is one
+            decision in either case.
         every_n_steps: steps from one look to the next. The averages are over looks.
 
     Raises:
@@ -346,8 +348,8 @@ class Swats(Trigger):
             _check_number(option, getattr(self, option))
             if not 0 < getattr(self, option) < math.inf:
                 raise ConfigError(f"{getattr(self, option)!r} is no tolerance. Write a number above 0.", option)
-        _check_count("window", self.window, least=2)
-        _check_count("patience", self.patience)
+        _check_count("window", self.window, least=2, of="looks")
+        _check_count("patience", self.patience, of="looks")
         _check_count("every_n_steps", self.every_n_steps)
 
     def projecting(self) -> tuple[Swats, ...]:
@@ -355,7 +357,7 @@ class Swats(Trigger):
 
     def estimate(self, memory: Memory) -> dict[str, float]:
         found = {name: group.get("settled_at", group.get("lr")) for name, group in memory.get("groups", {}).items()}
-        return {name: lr for name, lr in found.items() if lr is not None}
+        return {name: lr for name, lr in found.items() if lr is not None and lr > 0}
 
     def _observe(self, memory: Memory, seen: Seen) -> dict[str, Any]:
         if seen.projections is None or seen.step % self.every_n_steps or "fired" in memory:
@@ -368,9 +370,13 @@ class Swats(Trigger):
         count = memory.get("count", 0) + 1
         look = self._paper if self.criterion == "paper" else self._relative
         before = memory.get("groups", {})
-        groups = {name: look(before.get(name, {}), one, count) for name, one in seen_by.items()}
+        groups = {
+            name: look(before.get(name, {}), one, count)
+            for name, one in seen_by.items()
+            if name in before or one.update or one.along
+        }
         after = {**memory, "count": count, "groups": groups}
-        if not all("settled_at" in group for group in groups.values()):
+        if not groups or not all("settled_at" in group for group in groups.values()):
             return after
         lrs = ", ".join(f"{name or 'one'} {group['settled_at']:.4g}" for name, group in groups.items())
         return {**after, "fired": f"the learning rate for SGD has settled, at {lrs.removeprefix('one ')}"}
@@ -394,7 +400,7 @@ class Swats(Trigger):
             for length, looks in (("short", self.window), ("long", 10 * self.window))
             for part, value in parts.items()
         }
-        after["agreed"] = 0
+        after |= {"agreed": 0, **({"settled_at": before["settled_at"]} if "settled_at" in before else {})}
         if after["along_short"] <= 0 or after["along_long"] <= 0:
             return after
         # Both begin at zero, and so do over and under alike: the ratios need no correction.
@@ -403,7 +409,7 @@ class Swats(Trigger):
         if count >= 2 * self.window and after["gap"] <= self.rtol:
             after["agreed"] = before.get("agreed", 0) + 1
         if after["agreed"] >= self.patience:
-            after["settled_at"] = lr
+            after.setdefault("settled_at", lr)
         return after
 
     def shows(self, memory: Memory) -> dict[str, float]:
@@ -518,9 +524,9 @@ class AllOf(Combined):
         return len(fired) == len(self.of)
 
 
-def _check_count(option: str, value: Any, least: int = 1) -> None:
+def _check_count(option: str, value: Any, least: int = 1, of: str = "steps") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{value!r} is no number of steps. Write a whole number from {least} on.", option)
+        raise ConfigError(f"{value!r} is no number of {of}. Write a whole number from {least} on.", option)
 
 
 def _check_number(option: str, value: Any) -> None:
