@@ -412,7 +412,10 @@ WRONG_NODES: dict[str, tuple[dict[str, Any], str]] = {
         "- Unexpected keys: {'intervall'}",
     ),
     "policy": ({"on_resume": "erorr"}, "Expected a typing.Literal['error', 'config', 'checkpoint']. Got value: erorr"),
-    "rule of the handover": ({"handover": {"lr": "ovn"}}, "Expected a typing.Literal['own']. Got value: ovn"),
+    "rule of the handover": (
+        {"handover": {"lr": "ovn"}},
+        "Expected a typing.Literal['own', 'keep', 'match_norm', 'match_orthogonal', 'match_projection']. Got value: ovn",
+    ),
     "clipping": ({"gradient_clip_val": "none"}, "- Expected a <class 'float'>"),
     "index": ({"optimizer_index": "first"}, "Expected a <class 'int'>. Got value: first"),
     "truth": ({"enabled": "perhaps"}, "Expected a <class 'bool'>. Got value: perhaps"),

@@ -44,7 +44,10 @@ MISTAKES: list[tuple[str, str]] = [
         "logger=[csv,tensorbord]: logger has no 'tensorbord'. Did you mean 'tensorboard'? "
         "Choices: csv, many, mlflow, tensorboard, wandb.",
     ),
-    ("switch=null", "switch=null: 'null' is not the name of a file of switch. Choices: adam_to_sgd, none, to_lbfgs."),
+    (
+        "switch=null",
+        "switch=null: 'null' is not the name of a file of switch. Choices: adam_to_lbfgs, adam_to_sgd, adamw_to_sgd, lower_lr, none, plateau, sgd_to_adam, swats, three_phases.",
+    ),
     (
         "optimizer@switch.optimzer=sgd",
         "optimizer@switch.optimzer=sgd: there is no place 'optimizer@switch.optimzer'. Did you mean 'optimizer@switch.optimizer'? "
@@ -268,7 +271,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("+switch.at=3ep", "+switch.at=3ep: switch.at is there already. Write it without the plus, to change it."),
     (
         "switch.then.at=3ep",
-        "switch.then.at=3ep: switch.then is empty. Choose a file for it first: switch@switch.then=adam_to_sgd.",
+        "switch.then.at=3ep: switch.then is empty. Choose a file for it first: switch@switch.then=adam_to_lbfgs.",
     ),
     ("optimizer.lr=${nowhere}", "optimizer.lr: Interpolation key 'nowhere' not found"),
     (
