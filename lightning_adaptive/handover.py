@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from lightning_adaptive.param_groups import Group, OptimizerGroup, Partition
 
 Whole = Callable[[Sequence[Tensor], Tensor], Tensor]
 """Parameters and a row of sums for each, of what lies on this process, to the same sums of the whole parameters; no waiting."""
+
+G = TypeVar("G")
 
 _KNOWN = "Adam, AdamW, NAdam, RAdam and SGD"
 
@@ -60,7 +62,8 @@ class Handover:
             one, as `moments.carried` says; one that is not finite is zero, with a line.
         weight_decay: ``"own"``: the next optimizer's configured value. ``"match"``: the same shrinkage of the weights per step.
             AdamW's decay shrinks them by ``lr * weight_decay``, SGD's is part of the gradient and shrinks them by
-            ``lr * weight_decay * gain``. Between optimizers with the same kind of decay its value is kept.
+            ``lr * weight_decay * gain``. Between optimizers with the same kind of decay its value is kept. A weight decay that a
+            rule of ``param_groups`` gives stays.
         guard: the first updates, of the whole model, are held to this multiple of the last phase's ``|p|``; ``None`` for no guard.
         guard_for: for how many updates, as a duration: ``100st``. While it lasts the weights are there twice.
 
@@ -121,13 +124,23 @@ class Handover:
         """Whether something depends on the running optimizer's state."""
         return self.matches or self.momentum == "carry" or self.guard is not None
 
-    @property
-    def found(self) -> tuple[str, ...]:
-        """Options of the next optimizer's groups that the switch finds, and which its configuration therefore does not hold."""
-        return (
-            *(["lr"] if self.lr != "own" or self.scale != 1 else []),
-            *(["weight_decay"] if self.weight_decay == "match" else []),
-        )
+    def configured(self, options: Sequence[Mapping[str, Any]], partition: Partition) -> list[dict[str, Any]]:
+        """Of the options of a phase's groups those that its configuration holds, and that were not found at the switch.
+
+        Args:
+            options: the options of each group.
+            partition: the groups.
+        """
+        found: list[Literal["lr", "weight_decay"]] = []
+        if self.lr != "own" or self.scale != 1:
+            found.append("lr")
+        if self.weight_decay == "match":
+            found.append("weight_decay")
+        kept = []
+        for group, recorded in _zipped(options, partition):
+            names = [prefix + name for name in found if not is_given(recorded, name) for prefix in ("", "initial_")]
+            kept.append({name: value for name, value in group.items() if name not in names})
+        return kept
 
     def guard_steps(self, clock: Clock) -> int:
         """For how many updates of a phase the guard lasts.
@@ -296,7 +309,9 @@ def cross(
     if handover.matches:
         rates = _matched(handover, running, following, partition, whole, inherits, estimate or {})
     elif handover.lr == "keep":
-        rates = [_kept(group, groups, 1.0 if inherits else one.lr_ratio) for group, one in _zipped(following, partition)]
+        rates = [
+            _kept(group, groups, 1.0 if inherits else one.lr_ratio) for group, one in _zipped(following.param_groups, partition)
+        ]
     else:
         rates = [float(group["lr"]) * (factor or 1.0) for group in following.param_groups]
     if handover.lr != "own" or handover.scale != 1:
@@ -306,7 +321,7 @@ def cross(
     if None in rates:
         notes.append(f"{rates.count(None)} of {len(rates)} learning rates could not be found and are the configured ones")
     if handover.weight_decay == "match":
-        notes.append(_match_decay(running, following, groups, factor))
+        notes.append(_match_decay(running, following, partition, groups, factor))
     shared = 0
     if handover.momentum == "carry":
         shared, note = _carry(running, following, groups, whole)
@@ -341,6 +356,11 @@ def eta(rule: str, update: float, along: float, step: float) -> float | None:
     }[rule]
     found = over / under if under > 0 else math.nan
     return found if math.isfinite(found) else None
+
+
+def is_given(group: Group, option: Literal["lr", "weight_decay"]) -> bool:
+    """Whether a rule gives a group this option, which then no handover finds."""
+    return group.lr is not None if option == "lr" else group.no_decay or option in group.options
 
 
 class Guard:
@@ -435,16 +455,16 @@ def _kept(group: OptimizerGroup, groups: Mapping[Tensor, OptimizerGroup], ratio:
 def _set_rates(
     handover: Handover, following: Optimizer, partition: Partition, rates: Sequence[float | None], factor: float
 ) -> None:
-    for (group, recorded), rate in zip(_zipped(following, partition), rates, strict=True):
-        if rate is None or recorded.lr is not None:
+    for (group, recorded), rate in zip(_zipped(following.param_groups, partition), rates, strict=True):
+        if rate is None or is_given(recorded, "lr"):
             continue
         base = handover.scale * rate / (factor or 1.0)
         group["lr"] = torch.full_like(group["lr"], base) if isinstance(group["lr"], Tensor) else base
 
 
-def _zipped(following: Optimizer, partition: Partition) -> Iterable[tuple[OptimizerGroup, Group]]:
-    """The groups with what they were built for; the two differ in number where a class has no groups."""
-    return zip(following.param_groups, partition if len(partition) == len(following.param_groups) else [Group(())], strict=True)
+def _zipped(groups: Sequence[G], partition: Partition) -> Iterable[tuple[G, Group]]:
+    """An optimizer's groups with what they were built for; the two differ in number where a class has no groups."""
+    return zip(groups, partition if len(partition) == len(groups) else [Group(())], strict=True)
 
 
 def _sum(rows: Iterable[Sequence[float]]) -> tuple[float, float, float]:
@@ -460,11 +480,11 @@ def _update_norm(running: Optimizer, whole: Whole) -> float:
     return math.sqrt(float(whole(tensors, rows)[0].sum()))
 
 
-def _merged(running: Optimizer, following: Optimizer, partition: Partition, option: str) -> str | None:
+def _merged(running: Optimizer, following: Optimizer, partition: Partition, option: Literal["lr", "weight_decay"]) -> str | None:
     """The first of the next groups whose parameters have had different values of an option."""
     had = {tensor: float(group[option]) for group in running.param_groups for tensor in group["params"] if option in group}
     for group, recorded in zip(following.param_groups, partition, strict=False):
-        if len({had[tensor] for tensor in group["params"] if tensor in had}) > 1:
+        if len({had[tensor] for tensor in group["params"] if tensor in had}) > 1 and not is_given(recorded, option):
             return str(recorded.name or 0)
     return None
 
@@ -481,12 +501,14 @@ def _kind_of_decay(optimizer: Optimizer) -> Literal["decoupled", "adaptive", "gr
     return "decoupled" if moments.is_decoupled(optimizer, optimizer.param_groups[0]) else "adaptive"
 
 
-def _match_decay(running: Optimizer, following: Optimizer, groups: Mapping[Tensor, OptimizerGroup], factor: float) -> str:
+def _match_decay(
+    running: Optimizer, following: Optimizer, partition: Partition, groups: Mapping[Tensor, OptimizerGroup], factor: float
+) -> str:
     before, after = _kind_of_decay(running), _kind_of_decay(following)
     old, new = [], []
-    for group in following.param_groups:
+    for group, recorded in _zipped(following.param_groups, partition):
         source = next((groups[tensor] for tensor in group["params"] if tensor in groups), None)
-        if source is None or not group["params"]:
+        if source is None or is_given(recorded, "weight_decay"):
             continue
         decay = float(source["weight_decay"])
         lr = float(group["lr"]) * (factor or 1.0)
@@ -508,20 +530,21 @@ def _carry(running: Optimizer, following: Optimizer, groups: Mapping[Tensor, Opt
     flat = [state for of_group in states for state in of_group]
     if not flat:
         return 0, ""
-    faults = torch.stack([_count_of_faults(state) for state in flat])
+    faults = torch.stack([_count_of_faults(parameter, state) for parameter, state in zip(parameters, flat, strict=True)])
     if float(whole(parameters, faults.double()[None]).sum()):
         return 0, "momentum zero, as the running one is not finite"
     for parameter, state in zip(parameters, flat, strict=True):
-        following.state[parameter].update(state)
+        if state:
+            following.state[parameter].update(state)
     kept = {id(value) for state in running.state.values() for value in state.values()}
     shared = [moments.local(value) for state in flat for value in state.values() if id(value) in kept]
     return sum(value.numel() * value.element_size() for value in shared), "momentum carried"
 
 
-def _count_of_faults(state: Mapping[str, Tensor]) -> Tensor:
-    """Number of values that are not finite, of what lies on this process."""
-    moved = [value for name, value in state.items() if name not in ("step", "mu_product")]
-    return torch.stack([(~moments.local(value).isfinite()).sum() for value in moved]).sum()
+def _count_of_faults(parameter: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    """Number of values of a parameter's state that are not finite, of what lies on this process."""
+    moved = [moments.local(value) for name, value in state.items() if name not in ("step", "mu_product")]
+    return sum(((~value.isfinite()).sum() for value in moved), start=moments.local(parameter).new_zeros((), dtype=torch.int64))
 
 
 def _without_momentum(optimizer: Optimizer) -> bool:

@@ -892,11 +892,7 @@ class OptimizerSwitchCallback(Callback):
         self._state = replace(state, shapes=shapes)
         recorded = {name for group in state.partition for name in group.parameters}
         self._refuse_other_parameters(recorded, recorded, state)
-        found = switch.handover.found
-        self._options = [
-            {name: value for name, value in group.items() if name.removeprefix("initial_") not in found}
-            for group in _options(phase.optimizer)
-        ]
+        self._options = switch.handover.configured(_options(phase.optimizer), built_for)
         self._exchange(trainer, phase, self._state)
 
     def _restored_schedule(self, trainer: Trainer) -> Any:
