@@ -286,6 +286,7 @@ def cross(
     partition: Partition,
     whole: Whole,
     *,
+    running_groups: Sequence[OptimizerGroup] | None = None,
     inherits: bool = True,
     estimate: Mapping[str, float] | None = None,
     factor: float = 1.0,
@@ -298,11 +299,12 @@ def cross(
         following: the next one, without a scheduler yet.
         partition: its groups.
         whole: what makes whole sums of those on this process.
+        running_groups: the running groups with the module's own parameters, where those of the optimizer hold others (DeepSpeed).
         inherits: whether the groups are the running ones, whose ratios are then in what is matched.
         estimate: learning rates that a trigger has found, by name of the running group, or one by the empty name.
         factor: what the next schedule begins with, where the running one goes on: its base is the learning rate over it.
     """
-    groups = {tensor: group for group in running.param_groups for tensor in group["params"]}
+    groups = {tensor: group for group in running_groups or running.param_groups for tensor in group["params"]}
     configured = [float(group["lr"]) for group in following.param_groups] if handover.lr != "own" else []
     notes: list[str] = []
     rates: list[float | None]

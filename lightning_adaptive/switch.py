@@ -700,6 +700,7 @@ class OptimizerSwitchCallback(Callback):
             optimizer,
             groups,
             placement.whole,
+            running_groups=placement.groups,
             inherits=isinstance(switch.param_groups, Inherit),
             estimate=switch.when.estimate(self._state.trigger) if switch.when else None,
             factor=_factor(schedule, clock, step - begun) if isinstance(switch.scheduler, Continue) else 1.0,
