@@ -453,7 +453,8 @@ class OptimizerSwitchCallback(Callback):
             handover.check(running, following, partition)
             handover.guard_steps(clock)
             if handover.looks:
-                placement.check_state("a handover of what the running optimizer knows", "lr" if handover.matches else "momentum")
+                key = "lr" if handover.matches else "momentum" if handover.momentum == "carry" else "guard"
+                placement.check_state("a handover of what the running optimizer knows", key)
             if handover.lr == "keep" and self._is_split(index - 1) and not isinstance(switch.param_groups, Inherit):
                 raise ConfigError(
                     "the running phase has a learning rate for each tensor, which other groups cannot keep. Write param_groups: "
