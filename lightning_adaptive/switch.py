@@ -416,8 +416,8 @@ class OptimizerSwitchCallback(Callback):
         Raises:
             ConfigError: for a moment outside the training or not after the one before it, and for a phase that cannot be built.
         """
-        partition, previous = self._state.partition, self._state.first_step
         clock, placement = _clock(trainer), strategies.placement(trainer, self.optimizer_index)
+        partition, previous = self._state.partition, self._latest_moment(clock)
         before = placement.optimizer
         running, begun = placement.lr_scheduler and placement.lr_scheduler.scheduler, self._state.schedule_step
         for index, switch in enumerate(self.chain[self.phase :], start=self.phase):
@@ -425,10 +425,11 @@ class OptimizerSwitchCallback(Callback):
                 moment = switch._moment(clock, previous, is_first=index == 0)
                 # Where only a trigger decides, the next step is as good a moment for a trial as any other.
                 previous = previous + 1 if moment is None else moment
+                first_step = max(previous, self._state.first_step)
                 partition = switch._partition(partition, trainer)
-                phase_clock = replace(clock, first_step=previous)
-                schedule, begun = switch._schedule(running, begun, previous)
-                phase = phases.build(switch.optimizer, schedule, partition, self._tensors, phase_clock, previous - begun)
+                phase_clock = replace(clock, first_step=first_step)
+                schedule, begun = switch._schedule(running, begun, first_step)
+                phase = phases.build(switch.optimizer, schedule, partition, self._tensors, phase_clock, first_step - begun)
                 self._check_handover(index, before, phase.optimizer, partition, phase_clock, placement)
                 running, before = phase.lr_scheduler, phase.optimizer
                 placement.check_next(phase.optimizer, phase.lr_schedulers, switch.gradient_clip_val)
@@ -436,6 +437,13 @@ class OptimizerSwitchCallback(Callback):
             except ConfigError as error:
                 raise error.within(_key(index)) from None
             yield PlannedPhase(moment, switch._words(), phase, "" if switch.handover.lr == "own" else switch.handover.lr)
+
+    def _latest_moment(self, clock: Clock) -> int:
+        """The moment that the next one must lie after: that of the running phase, or where a trigger began it, its latest."""
+        last = self.chain[self.phase - 1] if self.phase else None
+        if last is None or last.when is None:
+            return self._state.first_step
+        return 0 if last.at is None else last.at.steps(clock, clock.total_steps, key="at")
 
     def _check_handover(
         self,
