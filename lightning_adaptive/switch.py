@@ -433,7 +433,7 @@ class OptimizerSwitchCallback(Callback):
                 self._check_handover(index, before, phase.optimizer, partition, phase_clock, placement)
                 running, before = phase.lr_scheduler, phase.optimizer
                 placement.check_next(phase.optimizer, phase.lr_schedulers, switch.gradient_clip_val)
-                partition = switch._reached(partition, phase.optimizer, trainer)
+                partition = self._reached(index, partition, phase.optimizer, trainer)
             except ConfigError as error:
                 raise error.within(_key(index)) from None
             yield PlannedPhase(moment, switch._words(), phase, "" if switch.handover.lr == "own" else switch.handover.lr)
@@ -533,10 +533,15 @@ class OptimizerSwitchCallback(Callback):
         except ConfigError as error:
             raise error.within("param_groups") from None
 
-    def _reached(self, partition: Partition, optimizer: Optimizer, trainer: Trainer) -> Partition:
+    def _reached(self, index: int, partition: Partition, optimizer: Optimizer, trainer: Trainer) -> Partition:
         """The partition as it is saved, and as a later phase inherits it: of what rules say, ratios and zero decays."""
+        switch = self.chain[index]
+        if isinstance(switch.param_groups, Inherit):
+            return partition
+        if self._is_split(index):
+            optimizer, _ = phases.build_optimizer(switch.optimizer, partition, self._tensors)
         groups = optimizer.param_groups
-        if isinstance(self.param_groups, Inherit) or len(groups) != len(partition):
+        if len(groups) != len(partition):
             return partition
         return phases.inheritable(optimizer, groups, strategies.parameter_names(trainer.lightning_module))
 
@@ -720,7 +725,7 @@ class OptimizerSwitchCallback(Callback):
             first_step=step,
             schedule_step=begun,
             optimizer=class_name(phase.optimizer),
-            partition=switch._reached(partition, phase.optimizer, trainer),
+            partition=self._reached(self.phase, partition, phase.optimizer, trainer),
             reason=self._state.trigger.get("fired") or f"at={switch.at} was reached",
             limit=crossed.limit,
             shapes=self._state.shapes,
@@ -892,7 +897,7 @@ class OptimizerSwitchCallback(Callback):
         except ConfigError as error:
             raise error.within(_key(state.phase - 1)) from None
         if self._configured is not None:
-            self._configured = switch._reached(partition, phase.optimizer, trainer)
+            self._configured = self._reached(state.phase - 1, partition, phase.optimizer, trainer)
         name = class_name(phase.optimizer)
         if name != state.optimizer:
             raise CheckpointError(
