@@ -165,13 +165,14 @@ class Handover:
         per = f" per {self.per}" if self.matches else ""
         return f"{self.lr}{per}" + (f" x {self.scale:g}" if self.scale != 1 else "")
 
-    def check(self, running: Optimizer, following: Optimizer, partition: Partition) -> None:
+    def check(self, running: Optimizer, following: Optimizer, partition: Partition, *, inherits: bool = False) -> None:
         """Refuses rules that have no meaning between two optimizers.
 
         Args:
             running: the running optimizer, or one like it.
             following: the next, built for a trial.
             partition: the groups for which that was built.
+            inherits: whether they are the running ones, of which none is merged.
 
         Raises:
             ConfigError: naming the rule, and those that have one.
@@ -197,7 +198,7 @@ class Handover:
         self._check_gain(running, following)
         if self.guard is not None and _without_momentum(running):
             raise ConfigError("SGD without momentum keeps nothing that tells the length of its updates. Write null.", "guard")
-        if self.lr == "keep":
+        if self.lr == "keep" and not inherits:
             merged = _merged(running, following, partition, "lr")
             if merged is not None:
                 raise ConfigError(
@@ -206,7 +207,7 @@ class Handover:
                     "lr",
                 )
         if self.weight_decay == "match":
-            self._check_decay(running, following, partition)
+            self._check_decay(running, following, () if inherits else partition)
 
     def _check_momentum(self, running: Optimizer, following: Optimizer) -> None:
         for whose, optimizer in {"the running optimizer": running, "the next one": following}.items():

@@ -458,7 +458,7 @@ class OptimizerSwitchCallback(Callback):
         switch = self.chain[index]
         handover = switch.handover
         try:
-            handover.check(running, following, partition)
+            handover.check(running, following, partition, inherits=isinstance(switch.param_groups, Inherit))
             handover.guard_steps(clock)
             if handover.looks:
                 key = "lr" if handover.matches else "momentum" if handover.momentum == "carry" else "guard"
@@ -468,6 +468,13 @@ class OptimizerSwitchCallback(Callback):
                     "the running phase has a learning rate for each tensor, which other groups cannot keep. Write param_groups: "
                     "inherit, or own.",
                     "lr",
+                )
+            before = self.chain[index - 1].handover if self._is_split(index - 1) else None
+            if handover.weight_decay == "match" and before and before.weight_decay == "match" and not self._is_split(index):
+                raise ConfigError(
+                    "the running phase has a weight decay for each tensor, which groups of several cannot match. Write own, or let "
+                    "lr be keep, or matched per tensor.",
+                    "weight_decay",
                 )
         except ConfigError as error:
             raise error.within("handover") from None
