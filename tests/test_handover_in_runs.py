@@ -129,10 +129,12 @@ class Watch(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.weights = whole_weights(trainer)
         hashed = hashlib.sha256()
-        for state in running_optimizer(trainer).state.values():
-            for name, value in sorted(state.items()):
-                here = getattr(value, "to_local", lambda value=value: value)()
-                hashed.update(f"{name} {here.tolist()}".encode())
+        optimizer = running_optimizer(trainer)
+        # Of a parameter of which nothing lies here, FSDP loads a count of steps that the optimizer itself does not keep.
+        tensors = [tensor for group in optimizer.param_groups for tensor in group["params"] if tensor.numel()]
+        for name, value in (item for tensor in tensors for item in sorted(optimizer.state[tensor].items())):
+            here = getattr(value, "to_local", lambda value=value: value)()
+            hashed.update(f"{name} {here.tolist()}".encode())
         self.state = hashed.hexdigest()[:12]
         self.groups = [{name: value for name, value in group.items() if name != "params"} for group in groups_of(trainer)]
 
@@ -526,3 +528,133 @@ def test_deepspeed_keeps_learning_rates_and_decay(strategy: str, pair: Pair) -> 
     assert ended.lrs[10] == alone.lrs[10] == [0.02, 0.01]
     decays = [group["weight_decay"] for group in ended.groups]
     assert decays == [group["weight_decay"] for group in alone.groups] == [pytest.approx(0.005), 0.0]
+
+
+# Resume
+
+
+def chain() -> OptimizerSwitchCallback:
+    """AdamW, then SGD that is matched, a tenth of that, and Adam on its own."""
+    last = switch("own", "18st", optimizer=partial(Adam, lr=1e-3))
+    tenth = switch(Handover(lr="keep", scale=0.1, momentum="carry"), "12st", then=last)
+    return switch(SMOOTH, "6st", then=tenth)
+
+
+def regrouped() -> OptimizerSwitchCallback:
+    """SGD on groups by rules, matched for each tensor, and then Adam on what it inherits of them."""
+    rules = ParamGroups(
+        head={"match": "net.2.*", "lr_scale": 0.1, "weight_decay": 0}, bias={"match": "net.0.bias", "lr": 0.3, "momentum": 0.5}
+    )
+    last = switch("own", "14st", optimizer=partial(Adam, lr=1e-3, weight_decay=1e-2))
+    return switch(replace(SMOOTH, weight_decay="own"), "10st", param_groups=rules, then=last)
+
+
+RESUMED: dict[str, tuple[Callable[[], Callback], Sequence[int]]] = {
+    "keep": (partial(switch, "keep", scheduler=Cosine()), (6, 10, 11, 20)),
+    "smooth": (partial(switch, SMOOTH, scheduler=Cosine(warmup="2st")), (6, 10, 11, 13, 16, 20)),
+    "swats": (partial(switch, "swats", "20st", when=SWATS, scheduler=Cosine()), (1, 6, 8, 9, 10, 20)),
+    "continue": (partial(switch, "smooth", scheduler="continue"), (10, 13)),
+    "chain": (chain, (5, 6, 8, 12, 14, 18, 20)),
+    "regrouped": (regrouped, (10, 12, 14, 16)),
+}
+
+
+def resumed(case: Case, folder: Path, steps: Sequence[int]) -> tuple[Ended, list[Ended]]:
+    """The uninterrupted run, and those that went on from after each of these steps."""
+    saved = run(case, folder)
+    return saved, [run(case, path=folder / f"step={step}.ckpt", seed=100 + step) for step in steps]
+
+
+def assert_resumed(steps: Sequence[int], whole: Ended, runs: Sequence[Ended]) -> None:
+    for step, ended in zip(steps, runs, strict=True):
+        where = f"from step {step}"
+        assert ended.classes == whole.classes[step:], where
+        assert ended.lrs == whole.lrs[step:], where
+        assert ended.shown == whole.shown[step:], where
+        assert ended.groups == whole.groups, where
+        assert ended.state == whole.state, where
+        assert all(torch.equal(ended.weights[name], tensor) for name, tensor in whole.weights.items()), where
+
+
+def scheduled_if(name: str) -> Callable[[], LightningModule]:
+    return scheduled if name == "continue" else GroupedNet
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("name", RESUMED)
+def test_every_resume_ends_in_the_same_weights_state_and_options(name: str, tmp_path: Path) -> None:
+    make, steps = RESUMED[name]
+    assert_resumed(steps, *resumed(Case(make, net=scheduled_if(name)), tmp_path, steps))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "name"),
+    [
+        (strategy, name) if (strategy, name) in (("ddp", "smooth"), ("fsdp2 sharded", "chain")) else slow(strategy, name)
+        for strategy in TWO
+        for name in RESUMED
+    ],
+)
+def test_every_resume_ends_in_the_same_weights_state_and_options_on_two_processes(
+    strategy: str, name: str, pair: Pair, tmp_path: Path
+) -> None:
+    make, steps = RESUMED[name]
+    for whole, runs in pair.run(resumed, Case(make, strategy, net=scheduled_if(name)), tmp_path, steps):
+        assert_resumed(steps, whole, runs)
+
+
+def with_other_settings(strategy: str, folder: Path, policy: str) -> list[dict[str, Any]]:
+    """Groups of the run that was saved, and of one that goes on within the guard's window with other settings."""
+    saved = run(Case(partial(switch, SMOOTH, scheduler=Cosine()), strategy), folder)
+    other = partial(switch, SMOOTH, optimizer=partial(SGD, lr=0.7, momentum=0.8, nesterov=True), scheduler=Cosine())
+    path = folder / "step=13.ckpt"
+    ended = run(Case(partial(other, on_resume=policy), strategy), path=path)
+    told = [line for line in ended.lines if line.startswith("RESUMED")]
+    lines = [
+        f"RESUMED with other settings (on_resume={policy}):",
+        "  switch.optimizer.lr: 0.1 in the checkpoint, 0.7 in this run",
+        "  switch.optimizer.momentum: 0.9 in the checkpoint, 0.8 in this run",
+        "  switch.optimizer.nesterov: default in the checkpoint, True in this run",
+        "  seed: 1 in the checkpoint, 1 in this run",
+    ]
+    assert not told or told == ["\n".join(lines[:-1])]
+    return [saved.groups, ended.groups]  # type: ignore[list-item]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("policy", ["config", "checkpoint"])
+@pytest.mark.parametrize("strategy", ["", *(name if name == "ddp" else slow(name) for name in TWO)])
+def test_what_was_handed_over_survives_a_resume_with_other_settings(strategy: str, policy: str, pair: Pair, tmp_path: Path) -> None:
+    ranks = pair.run(with_other_settings, strategy, tmp_path, policy) if strategy else [with_other_settings("", tmp_path, policy)]
+    for saved, ended in ranks:
+        expected = {"momentum": 0.8, "nesterov": True} if policy == "config" else {}
+        assert ended == [{**group, **expected} for group in saved]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_learning_rate_that_a_rule_gives_follows_the_config_on_a_resume(tmp_path: Path) -> None:
+    def make(bias_lr: float, decay: float, policy: str) -> Callback:
+        rules = ParamGroups(bias={"match": "*.bias", "lr": bias_lr, "weight_decay": decay})
+        handover = Handover(lr="match_norm", per="group", weight_decay="match")
+        return switch(handover, param_groups=rules, on_resume=policy)
+
+    net = partial(ValidatedNet, 0.02)
+    saved = run(Case(partial(make, 0.3, 0.1, "error"), net=net), tmp_path)
+    ended = run(Case(partial(make, 0.2, 0.4, "config"), net=net), path=tmp_path / "step=13.ckpt")
+    [plain, bias] = saved.groups
+    assert (plain["name"], bias["name"]) == ("default", "bias")
+    assert ended.groups == [plain, {**bias, "lr": 0.2, "initial_lr": 0.2, "weight_decay": 0.4}]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_resume_between_two_switches_of_which_the_second_was_due_first(tmp_path: Path) -> None:
+    """The trigger comes late, when the moment of the switch after it is over: that one comes a step later, resumed or not."""
+    last = partial(switch, "own", "5st", optimizer=partial(Adam, lr=1e-3))
+
+    def make() -> Callback:
+        return switch("swats", None, when=SWATS, then=last())
+
+    whole, [ended] = resumed(Case(make), tmp_path, [10])
+    assert whole.classes == ["AdamW"] * 9 + ["SGD"] + ["Adam"] * 14
+    assert len(whole.switches) == 2
+    assert_resumed([10], whole, [ended])
