@@ -335,6 +335,7 @@ class OptimizerSwitchCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.enabled:
+            self._looked = trainer.global_step
             self._check_triggers(trainer)
             self._plan(trainer)
             self._hold(trainer)
