@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,14 +27,29 @@ from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_adaptive import ConfigError, Cosine, ExactResume, Handover, OptimizerSwitchCallback, ParamGroups, Plateau, attach
+from lightning_adaptive import (
+    AllOf,
+    AnyOf,
+    ConfigError,
+    Cosine,
+    ExactResume,
+    Handover,
+    Manual,
+    OnPlateau,
+    OnThreshold,
+    OptimizerSwitchCallback,
+    ParamGroups,
+    Plateau,
+    Trigger,
+    attach,
+)
 from lightning_adaptive.handover import PRESETS
 from lightning_adaptive.report import RunReport, read_curves
 from lightning_adaptive.strategies import running_optimizer
 from lightning_adaptive.triggers import Swats
 from tests.cpu_strategies import STRATEGIES, ShardableNet, whole_weights
 from tests.pair import Pair
-from tests.support import ValidatedNet, counted_steps, dataset, trainer
+from tests.support import ValidatedNet, counted_steps, dataset, loader, trainer
 
 TO_SGD = partial(SGD, lr=0.1, momentum=0.9)
 STEPS_PER_EPOCH, STEPS = 4, 24
@@ -658,3 +674,96 @@ def test_a_resume_between_two_switches_of_which_the_second_was_due_first(tmp_pat
     assert whole.classes == ["AdamW"] * 9 + ["SGD"] + ["Adam"] * 14
     assert len(whole.switches) == 2
     assert_resumed([10], whole, [ended])
+
+
+# Resume within what a trigger observes
+
+
+class ScriptedNet(GroupedNet):
+    """Its validation loss of each epoch is given."""
+
+    values = (1.0, 0.5, 0.6, 0.7, 0.1, 0.1)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        value = -100.0 if self.trainer.sanity_checking else self.values[self.trainer.current_epoch]
+        self.log("val/loss", value, sync_dist=True)
+
+
+STANDS = OnPlateau(monitor="val/loss", patience=1, smoothing=0.2)
+LOW = OnThreshold(monitor="val/loss", below=0.68, smoothing=0.6)
+WINDOWS: dict[str, tuple[Trigger, int]] = {
+    "plateau": (STANDS, 16),
+    "threshold": (LOW, 12),
+    "relative": (SWATS, 9),
+    "paper": (PAPER, 9),
+    "per group": (replace(SWATS, per="group"), 18),
+    "any": (AnyOf(of={"stands": replace(STANDS, patience=9), "settled": replace(SWATS, per="group"), "low": LOW}), 12),
+    "all": (AllOf(of={"stands": STANDS, "settled": SWATS}), 16),
+    "manual": (Manual(every_n_steps=5), 15),
+}
+
+
+class Asking(Callback):
+    """Asks for the switch by a file after the eleventh step."""
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 11 and trainer.is_global_zero:
+            Path(trainer.default_root_dir, "SWITCH").touch()
+
+
+def observed(strategy: str, trigger: Trigger, folder: Path, steps: Sequence[int]) -> tuple[Ended, list[Ended]]:
+    case = Case(partial(switch, SMOOTH, None, when=trigger), strategy, ScriptedNet, {"default_root_dir": str(folder)})
+    whole = run(case, folder, extra=[Asking()])
+    runs = []
+    for step in steps:
+        if 11 <= step < 15:
+            Asking.on_train_batch_end(Asking(), SimpleNamespace(global_step=11, is_global_zero=True, default_root_dir=str(folder)))
+        runs.append(run(case, path=folder / f"step={step}.ckpt", seed=100 + step, extra=[Asking()]))
+    return whole, runs
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize(
+    ("strategy", "name"),
+    [
+        (strategy, name)
+        if (strategy, name) in (("ddp", "all"), ("fsdp2 sharded", "relative")) or not strategy
+        else slow(strategy, name)
+        for strategy in ("", *TWO)
+        for name in WINDOWS
+    ],
+)
+def test_a_resume_within_what_a_trigger_observes_switches_at_the_same_step(
+    strategy: str, name: str, pair: Pair, tmp_path: Path
+) -> None:
+    trigger, moment = WINDOWS[name]
+    steps = [step for step in (1, 3, 8, 12, 15) if step < moment] + [moment, moment + 1]
+    ranks = pair.run(observed, strategy, trigger, tmp_path, steps) if strategy else [observed(strategy, trigger, tmp_path, steps)]
+    for whole, runs in ranks:
+        assert whole.classes == ["AdamW"] * moment + ["SGD"] * (STEPS - moment)
+        assert_resumed(steps, whole, runs)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_step_is_seen_once_where_batches_are_accumulated(tmp_path: Path) -> None:
+    """The first batch after a resume makes no step, and its gradients are none of one."""
+    options = {"accumulate_grad_batches": 2, "max_epochs": 12}
+    steps = [3, 5, 8]
+    whole, runs = resumed(Case(partial(switch, "swats", "20st", when=SWATS), options=options), tmp_path, steps)
+    assert all(whole.shown[:9])
+    assert_resumed(steps, whole, runs)
+
+
+def test_accumulated_batches_are_seen_as_one() -> None:
+    """Two of eight make the same estimates as one of sixteen."""
+    make = partial(switch, "swats", None, when=SWATS)
+    halves = [loader(batch_size=8), loader(batch_size=16)]
+    seen = []
+    for batches, accumulate in zip(halves, (2, 1), strict=True):
+        callback = make()
+        watch = Watch(callback)
+        trainer(max_epochs=6, accumulate_grad_batches=accumulate, callbacks=[callback, watch]).fit(GroupedNet(), batches, batches)
+        seen.append(watch)
+    small, large = seen
+    assert small.classes == large.classes == ["AdamW"] * 9 + ["SGD"] * 15
+    assert [shown["lr"] for shown in small.shown[:8]] == pytest.approx([shown["lr"] for shown in large.shown[:8]], rel=1e-4)
