@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from lightning_adaptive.param_groups import Group, OptimizerGroup, Partition
 
 Whole = Callable[[Sequence[Tensor], Tensor], Tensor]
 """Parameters and a row of sums for each, of what lies on this process, to the same sums of the whole parameters; no waiting."""
+
+G = TypeVar("G")
 
 _KNOWN = "Adam, AdamW, NAdam, RAdam and SGD"
 
@@ -60,7 +63,8 @@ class Handover:
             one, as `moments.carried` says; one that is not finite is zero, with a line.
         weight_decay: ``"own"``: the next optimizer's configured value. ``"match"``: the same shrinkage of the weights per step.
             AdamW's decay shrinks them by ``lr * weight_decay``, SGD's is part of the gradient and shrinks them by
-            ``lr * weight_decay * gain``. Between optimizers with the same kind of decay its value is kept.
+            ``lr * weight_decay * gain``. Between optimizers with the same kind of decay its value is kept. A weight decay that a
+            rule of ``param_groups`` gives stays.
         guard: the first updates, of the whole model, are held to this multiple of the last phase's ``|p|``; ``None`` for no guard.
         guard_for: for how many updates, as a duration: ``100st``. While it lasts the weights are there twice.
 
@@ -121,13 +125,23 @@ class Handover:
         """Whether something depends on the running optimizer's state."""
         return self.matches or self.momentum == "carry" or self.guard is not None
 
-    @property
-    def found(self) -> tuple[str, ...]:
-        """Options of the next optimizer's groups that the switch finds, and which its configuration therefore does not hold."""
-        return (
-            *(["lr"] if self.lr != "own" or self.scale != 1 else []),
-            *(["weight_decay"] if self.weight_decay == "match" else []),
-        )
+    def configured(self, options: Sequence[Mapping[str, Any]], partition: Partition) -> list[dict[str, Any]]:
+        """Of the options of a phase's groups those that its configuration holds, and that were not found at the switch.
+
+        Args:
+            options: the options of each group.
+            partition: the groups.
+        """
+        found: list[Literal["lr", "weight_decay"]] = []
+        if self.lr != "own" or self.scale != 1:
+            found.append("lr")
+        if self.weight_decay == "match":
+            found.append("weight_decay")
+        kept = []
+        for group, recorded in _zipped(options, partition):
+            names = [prefix + name for name in found if not is_given(recorded, name) for prefix in ("", "initial_")]
+            kept.append({name: value for name, value in group.items() if name not in names})
+        return kept
 
     def guard_steps(self, clock: Clock) -> int:
         """For how many updates of a phase the guard lasts.
@@ -152,13 +166,14 @@ class Handover:
         per = f" per {self.per}" if self.matches else ""
         return f"{self.lr}{per}" + (f" x {self.scale:g}" if self.scale != 1 else "")
 
-    def check(self, running: Optimizer, following: Optimizer, partition: Partition) -> None:
+    def check(self, running: Optimizer, following: Optimizer, partition: Partition, *, inherits: bool = False) -> None:
         """Refuses rules that have no meaning between two optimizers.
 
         Args:
             running: the running optimizer, or one like it.
             following: the next, built for a trial.
             partition: the groups for which that was built.
+            inherits: whether they are the running ones, of which none is merged.
 
         Raises:
             ConfigError: naming the rule, and those that have one.
@@ -184,7 +199,7 @@ class Handover:
         self._check_gain(running, following)
         if self.guard is not None and _without_momentum(running):
             raise ConfigError("SGD without momentum keeps nothing that tells the length of its updates. Write null.", "guard")
-        if self.lr == "keep":
+        if self.lr == "keep" and not inherits:
             merged = _merged(running, following, partition, "lr")
             if merged is not None:
                 raise ConfigError(
@@ -193,7 +208,7 @@ class Handover:
                     "lr",
                 )
         if self.weight_decay == "match":
-            self._check_decay(running, following, partition)
+            self._check_decay(running, following, () if inherits else partition)
 
     def _check_momentum(self, running: Optimizer, following: Optimizer) -> None:
         for whose, optimizer in {"the running optimizer": running, "the next one": following}.items():
@@ -273,6 +288,7 @@ def cross(
     partition: Partition,
     whole: Whole,
     *,
+    running_groups: Sequence[OptimizerGroup] | None = None,
     inherits: bool = True,
     estimate: Mapping[str, float] | None = None,
     factor: float = 1.0,
@@ -285,18 +301,22 @@ def cross(
         following: the next one, without a scheduler yet.
         partition: its groups.
         whole: what makes whole sums of those on this process.
+        running_groups: the running groups with the module's own parameters, where those of the optimizer hold others (DeepSpeed).
         inherits: whether the groups are the running ones, whose ratios are then in what is matched.
         estimate: learning rates that a trigger has found, by name of the running group, or one by the empty name.
         factor: what the next schedule begins with, where the running one goes on: its base is the learning rate over it.
     """
-    groups = {tensor: group for group in running.param_groups for tensor in group["params"]}
+    groups = {tensor: group for group in running_groups or running.param_groups for tensor in group["params"]}
     configured = [float(group["lr"]) for group in following.param_groups] if handover.lr != "own" else []
+    look = functools.cache(functools.partial(_sums, running, whole))
     notes: list[str] = []
     rates: list[float | None]
     if handover.matches:
-        rates = _matched(handover, running, following, partition, whole, inherits, estimate or {})
+        rates = _matched(handover, look, following, partition, inherits, estimate or {})
     elif handover.lr == "keep":
-        rates = [_kept(group, groups, 1.0 if inherits else one.lr_ratio) for group, one in _zipped(following, partition)]
+        rates = [
+            _kept(group, groups, 1.0 if inherits else one.lr_ratio) for group, one in _zipped(following.param_groups, partition)
+        ]
     else:
         rates = [float(group["lr"]) * (factor or 1.0) for group in following.param_groups]
     if handover.lr != "own" or handover.scale != 1:
@@ -306,12 +326,13 @@ def cross(
     if None in rates:
         notes.append(f"{rates.count(None)} of {len(rates)} learning rates could not be found and are the configured ones")
     if handover.weight_decay == "match":
-        notes.append(_match_decay(running, following, groups, factor))
-    shared, note = _carry(running, following, groups, whole) if handover.momentum == "carry" else (0, "momentum zero")
+        notes.append(_match_decay(running, following, partition, groups, factor))
+    shared, note = _carry(running, following, groups, whole) if handover.momentum == "carry" else (0, "")
     notes.append(note)
     limit = None
     if handover.guard is not None:
-        limit = handover.guard * _update_norm(running, whole)
+        other: moments.Family = "sgd" if moments.family(running) == "adam" else "adam"
+        limit = handover.guard * math.sqrt(sum(update for update, *_ in look(other).values()))
         if 0 < limit < math.inf:
             notes.append(f"updates held to a norm of {limit:.2g} for {handover.guard_for}")
         else:
@@ -339,6 +360,11 @@ def eta(rule: str, update: float, along: float, step: float) -> float | None:
     }[rule]
     found = over / under if under > 0 else math.nan
     return found if math.isfinite(found) else None
+
+
+def is_given(group: Group, option: Literal["lr", "weight_decay"]) -> bool:
+    """Whether a rule gives a group this option, which then no handover finds."""
+    return group.lr is not None if option == "lr" else group.no_decay or option in group.options
 
 
 class Guard:
@@ -395,18 +421,16 @@ class Guard:
 
 def _matched(
     handover: Handover,
-    running: Optimizer,
+    look: Callable[[moments.Family], Mapping[Tensor, Sequence[float]]],
     following: Optimizer,
     partition: Partition,
-    whole: Whole,
     inherits: bool,
     estimate: Mapping[str, float],
 ) -> list[float | None]:
     """The learning rate of each group, before `scale`."""
     toward = moments.family(following)
     assert toward is not None
-    tensors, rows = moments.updates(running, toward)
-    columns = dict(zip(tensors, whole(tensors, rows).T.tolist(), strict=True))
+    columns = look(toward)
     sums = [_sum(columns[tensor] for tensor in group["params"] if tensor in columns) for group in following.param_groups]
     ratios = [recorded.lr_ratio for recorded in partition]
     # The whole model's groups step by their ratios: u of a group is ratio * u.
@@ -433,16 +457,16 @@ def _kept(group: OptimizerGroup, groups: Mapping[Tensor, OptimizerGroup], ratio:
 def _set_rates(
     handover: Handover, following: Optimizer, partition: Partition, rates: Sequence[float | None], factor: float
 ) -> None:
-    for (group, recorded), rate in zip(_zipped(following, partition), rates, strict=True):
-        if rate is None or recorded.lr is not None:
+    for (group, recorded), rate in zip(_zipped(following.param_groups, partition), rates, strict=True):
+        if rate is None or is_given(recorded, "lr"):
             continue
         base = handover.scale * rate / (factor or 1.0)
         group["lr"] = torch.full_like(group["lr"], base) if isinstance(group["lr"], Tensor) else base
 
 
-def _zipped(following: Optimizer, partition: Partition) -> Iterable[tuple[OptimizerGroup, Group]]:
-    """The groups with what they were built for; the two differ in number where a class has no groups."""
-    return zip(following.param_groups, partition if len(partition) == len(following.param_groups) else [Group(())], strict=True)
+def _zipped(groups: Sequence[G], partition: Partition) -> Iterable[tuple[G, Group]]:
+    """An optimizer's groups with what they were built for; the two differ in number where a class has no groups."""
+    return zip(groups, partition if len(partition) == len(groups) else [Group(())], strict=True)
 
 
 def _sum(rows: Iterable[Sequence[float]]) -> tuple[float, float, float]:
@@ -452,17 +476,17 @@ def _sum(rows: Iterable[Sequence[float]]) -> tuple[float, float, float]:
     return update, along, step
 
 
-def _update_norm(running: Optimizer, whole: Whole) -> float:
-    other: moments.Family = "sgd" if moments.family(running) == "adam" else "adam"
-    tensors, rows = moments.updates(running, other)
-    return math.sqrt(float(whole(tensors, rows)[0].sum()))
+def _sums(running: Optimizer, whole: Whole, toward: moments.Family) -> dict[Tensor, list[float]]:
+    """The whole sums of `moments.updates`, of each parameter."""
+    tensors, rows = moments.updates(running, toward)
+    return dict(zip(tensors, whole(tensors, rows).T.tolist(), strict=True))
 
 
-def _merged(running: Optimizer, following: Optimizer, partition: Partition, option: str) -> str | None:
+def _merged(running: Optimizer, following: Optimizer, partition: Partition, option: Literal["lr", "weight_decay"]) -> str | None:
     """The first of the next groups whose parameters have had different values of an option."""
     had = {tensor: float(group[option]) for group in running.param_groups for tensor in group["params"] if option in group}
     for group, recorded in zip(following.param_groups, partition, strict=False):
-        if len({had[tensor] for tensor in group["params"] if tensor in had}) > 1:
+        if len({had[tensor] for tensor in group["params"] if tensor in had}) > 1 and not is_given(recorded, option):
             return str(recorded.name or 0)
     return None
 
@@ -479,12 +503,14 @@ def _kind_of_decay(optimizer: Optimizer) -> Literal["decoupled", "adaptive", "gr
     return "decoupled" if moments.is_decoupled(optimizer, optimizer.param_groups[0]) else "adaptive"
 
 
-def _match_decay(running: Optimizer, following: Optimizer, groups: Mapping[Tensor, OptimizerGroup], factor: float) -> str:
+def _match_decay(
+    running: Optimizer, following: Optimizer, partition: Partition, groups: Mapping[Tensor, OptimizerGroup], factor: float
+) -> str:
     before, after = _kind_of_decay(running), _kind_of_decay(following)
     old, new = [], []
-    for group in following.param_groups:
+    for group, recorded in _zipped(following.param_groups, partition):
         source = next((groups[tensor] for tensor in group["params"] if tensor in groups), None)
-        if source is None or not group["params"]:
+        if source is None or is_given(recorded, "weight_decay"):
             continue
         decay = float(source["weight_decay"])
         lr = float(group["lr"]) * (factor or 1.0)
@@ -506,21 +532,23 @@ def _carry(running: Optimizer, following: Optimizer, groups: Mapping[Tensor, Opt
     flat = [state for of_group in states for state in of_group]
     if not flat:
         return 0, ""
-    faults = torch.stack([_count_of_faults(state) for state in flat])
+    faults = torch.stack([_count_of_faults(parameter, state) for parameter, state in zip(parameters, flat, strict=True)])
     if float(whole(parameters, faults.double()[None]).sum()):
         return 0, "momentum zero, as the running one is not finite"
     for parameter, state in zip(parameters, flat, strict=True):
-        following.state[parameter].update(state)
+        if state:
+            following.state[parameter].update(state)
     kept = {id(value) for state in running.state.values() for value in state.values()}
     shared = [moments.local(value) for state in flat for value in state.values() if id(value) in kept]
     return sum(value.numel() * value.element_size() for value in shared), "momentum carried"
 
 
-def _count_of_faults(state: Mapping[str, Tensor]) -> Tensor:
-    """Number of tensors with values that are not finite, of what lies on this process."""
-    # A sum tells it in one pass: what is not finite makes it so.
+def _count_of_faults(parameter: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    """Number of tensors in a parameter's state with values that are not finite, of what lies on this process."""
+    none = moments.local(parameter).new_zeros((), dtype=torch.int64)
     moved = [moments.local(value) for name, value in state.items() if name not in ("step", "mu_product")]
-    return (~torch.stack([value.sum().abs() for value in moved]).isfinite()).sum()
+    # A sum tells it in one pass: what is not finite makes it so.
+    return sum(((~value.sum().abs().isfinite()).long() for value in moved), start=none)
 
 
 def _without_momentum(optimizer: Optimizer) -> bool:

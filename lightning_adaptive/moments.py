@@ -75,8 +75,8 @@ def projections(optimizer: Optimizer, lrs: Sequence[float] | None = None) -> tup
         lrs: each group's learning rate in that step; ``None`` when no scheduler has changed it since.
 
     Returns:
-        The parameters, without those that have no gradient or no state; and a tensor of shape (2, number of them) in float64, of
-        what lies on this process.
+        Its parameters; and a tensor of shape (2, number of them) in float64, of what lies on this process. It has zeros where there
+        is no gradient or no state.
     """
     found: list[Tensor] = []
     rows: list[Tensor] = []
@@ -96,7 +96,7 @@ def projections(optimizer: Optimizer, lrs: Sequence[float] | None = None) -> tup
             along = along + group["weight_decay"] * update
         found += tensors
         rows.append(torch.stack([update, along]))
-    return found, torch.cat(rows, dim=1) if rows else torch.zeros(2, 0, dtype=torch.float64)
+    return _of_all(optimizer, found, rows, 2)
 
 
 def updates(optimizer: Optimizer, toward: Family) -> tuple[list[Tensor], Tensor]:
@@ -110,12 +110,12 @@ def updates(optimizer: Optimizer, toward: Family) -> tuple[list[Tensor], Tensor]
         toward: family of the next.
 
     Returns:
-        The parameters, without those that have no state; and ``p.p``, ``-p.u`` and ``u.u`` as a tensor of shape (3, number of
-        them) in float64, of what lies on this process.
+        Its parameters; and ``p.p``, ``-p.u`` and ``u.u`` as a tensor of shape (3, number of them) in float64, of what lies on this
+        process. It has zeros where there is no state.
     """
     own = family(optimizer)
     if own == toward:
-        return _of_own_family(optimizer)
+        return _of_all(optimizer, *_of_own_family(optimizer), 3)
     found: list[Tensor] = []
     rows: list[Tensor] = []
     for group in optimizer.param_groups:
@@ -126,7 +126,7 @@ def updates(optimizer: Optimizer, toward: Family) -> tuple[list[Tensor], Tensor]
         rows.append(
             _adam_toward_sgd(optimizer, group, tensors) if own == "adam" else _sgd_toward_adam(group, optimizer.state, tensors)
         )
-    return found, torch.cat(rows, dim=1) if rows else torch.zeros(3, 0, dtype=torch.float64)
+    return _of_all(optimizer, found, rows, 3)
 
 
 def carried(
@@ -152,11 +152,15 @@ def carried(
         group: one of its groups.
 
     Returns:
-        The state of each parameter of the group; zeros where the running optimizer has none.
+        The state of each parameter of the group; zeros where the running optimizer has none, and nothing where nothing of the
+        parameter lies here.
     """
-    states = []
+    states: list[dict[str, Any]] = []
     for tensor in group["params"]:
         state = running.state.get(tensor) or {}
+        if not state and not tensor.numel():
+            states.append({})
+            continue
         old = groups.get(tensor, {})
         states.append(
             _for_sgd(tensor, state, old, group) if family(following) == "sgd" else _for_adam(tensor, state, old, following, group)
@@ -167,16 +171,37 @@ def carried(
 # Sums
 
 
-def _of_own_family(optimizer: Optimizer) -> tuple[list[Tensor], Tensor]:
-    """Within a family ``p`` is ``lr * gain * u``, whatever ``u`` is: each tensor counts once."""
+def _of_all(optimizer: Optimizer, some: Sequence[Tensor], rows: Sequence[Tensor], count: int) -> tuple[list[Tensor], Tensor]:
+    """Sums of some parameters as those of all, of the others zero: FSDP leaves a process without a share of some.
+
+    Args:
+        optimizer: whose parameters they are.
+        some: parameters.
+        rows: their sums, in pieces.
+        count: number of sums of each.
+    """
+    everything = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    device = rows[0].device if rows else local(everything[0]).device
+    places = {tensor: place for place, tensor in enumerate(everything)}
+    spread = torch.zeros(count, len(everything), dtype=torch.float64, device=device)
+    if rows:
+        spread[:, [places[tensor] for tensor in some]] = torch.cat(list(rows), dim=1)
+    return everything, spread
+
+
+def _of_own_family(optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
+    """Within a family ``p`` is ``lr * gain * u``, whatever ``u`` is: each element counts once, so that shards add up."""
     pairs = [
         (tensor, float(group["lr"]) * gain(group))
         for group in optimizer.param_groups
         for tensor in group["params"]
         if tensor in optimizer.state or not group.get("momentum", True)
     ]
+    if not pairs:
+        return [], []
     lrs = torch.tensor([lr for _, lr in pairs], dtype=torch.float64)
-    return [tensor for tensor, _ in pairs], torch.stack([lrs**2, lrs, torch.ones_like(lrs)])
+    sizes = torch.tensor([local(tensor).numel() for tensor, _ in pairs], dtype=torch.float64)
+    return [tensor for tensor, _ in pairs], [torch.stack([lrs**2, lrs, torch.ones_like(lrs)]) * sizes]
 
 
 def _adam_toward_sgd(optimizer: Optimizer, group: OptimizerGroup, tensors: Sequence[Tensor]) -> Tensor:

@@ -339,6 +339,7 @@ class OptimizerSwitchCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.enabled:
+            self._looked = trainer.global_step
             self._check_triggers(trainer)
             self._plan(trainer)
             self._hold(trainer)
@@ -424,8 +425,8 @@ class OptimizerSwitchCallback(Callback):
         Raises:
             ConfigError: for a moment outside the training or not after the one before it, and for a phase that cannot be built.
         """
-        partition, previous = self._state.partition, self._state.first_step
         clock, placement = _clock(trainer), strategies.placement(trainer, self.optimizer_index)
+        partition, previous = self._state.partition, self._latest_moment(clock)
         before = placement.optimizer
         running, begun = placement.lr_scheduler and placement.lr_scheduler.scheduler, self._state.schedule_step
         for index, switch in enumerate(self.chain[self.phase :], start=self.phase):
@@ -433,17 +434,25 @@ class OptimizerSwitchCallback(Callback):
                 moment = switch._moment(clock, previous, is_first=index == 0)
                 # Where only a trigger decides, the next step is as good a moment for a trial as any other.
                 previous = previous + 1 if moment is None else moment
+                first_step = max(previous, self._state.first_step)
                 partition = switch._partition(partition, trainer)
-                phase_clock = replace(clock, first_step=previous)
-                schedule, begun = switch._schedule(running, begun, previous)
-                phase = phases.build(switch.optimizer, schedule, partition, self._tensors, phase_clock, previous - begun)
+                phase_clock = replace(clock, first_step=first_step)
+                schedule, begun = switch._schedule(running, begun, first_step)
+                phase = phases.build(switch.optimizer, schedule, partition, self._tensors, phase_clock, first_step - begun)
                 self._check_handover(index, before, phase.optimizer, partition, phase_clock, placement)
                 running, before = phase.lr_scheduler, phase.optimizer
                 placement.check_next(phase.optimizer, phase.lr_schedulers, switch.gradient_clip_val)
-                partition = switch._reached(partition, phase.optimizer, trainer)
+                partition = self._reached(index, partition, phase.optimizer, trainer)
             except ConfigError as error:
                 raise error.within(_key(index)) from None
             yield PlannedPhase(moment, switch._words(), phase, "" if switch.handover.lr == "own" else switch.handover.lr)
+
+    def _latest_moment(self, clock: Clock) -> int:
+        """The moment that the next one must lie after: that of the running phase, or where a trigger began it, its latest."""
+        last = self.chain[self.phase - 1] if self.phase else None
+        if last is None or last.when is None:
+            return self._state.first_step
+        return 0 if last.at is None else last.at.steps(clock, clock.total_steps, key="at")
 
     def _check_handover(
         self,
@@ -458,15 +467,23 @@ class OptimizerSwitchCallback(Callback):
         switch = self.chain[index]
         handover = switch.handover
         try:
-            handover.check(running, following, partition)
+            handover.check(running, following, partition, inherits=isinstance(switch.param_groups, Inherit))
             handover.guard_steps(clock)
             if handover.looks:
-                placement.check_state("a handover of what the running optimizer knows", "lr" if handover.matches else "momentum")
+                key = "lr" if handover.matches else "momentum" if handover.momentum == "carry" else "guard"
+                placement.check_state("a handover of what the running optimizer knows", key)
             if handover.lr == "keep" and self._is_split(index - 1) and not isinstance(switch.param_groups, Inherit):
                 raise ConfigError(
                     "the running phase has a learning rate for each tensor, which other groups cannot keep. Write param_groups: "
                     "inherit, or own.",
                     "lr",
+                )
+            before = self.chain[index - 1].handover if self._is_split(index - 1) else None
+            if handover.weight_decay == "match" and before and before.weight_decay == "match" and not self._is_split(index):
+                raise ConfigError(
+                    "the running phase has a weight decay for each tensor, which groups of several cannot match. Write own, or let "
+                    "lr be keep, or matched per tensor.",
+                    "weight_decay",
                 )
         except ConfigError as error:
             raise error.within("handover") from None
@@ -532,10 +549,15 @@ class OptimizerSwitchCallback(Callback):
         except ConfigError as error:
             raise error.within("param_groups") from None
 
-    def _reached(self, partition: Partition, optimizer: Optimizer, trainer: Trainer) -> Partition:
+    def _reached(self, index: int, partition: Partition, optimizer: Optimizer, trainer: Trainer) -> Partition:
         """The partition as it is saved, and as a later phase inherits it: of what rules say, ratios and zero decays."""
+        switch = self.chain[index]
+        if isinstance(switch.param_groups, Inherit):
+            return partition
+        if self._is_split(index):
+            optimizer, _ = phases.build_optimizer(switch.optimizer, partition, self._tensors)
         groups = optimizer.param_groups
-        if isinstance(self.param_groups, Inherit) or len(groups) != len(partition):
+        if len(groups) != len(partition):
             return partition
         return phases.inheritable(optimizer, groups, strategies.parameter_names(trainer.lightning_module))
 
@@ -673,7 +695,8 @@ class OptimizerSwitchCallback(Callback):
         del running  # or it could not be freed
         phase, state, crossed = self._build_next(trainer, pl_module)
         after, rule = phases.describe(phase.optimizer), _lr_rule(switch.handover, phase.optimizer)
-        state = replace(state, handed=", ".join([f"lr {rule}", *crossed.notes]))
+        crossings = [*([] if switch.handover.momentum == "carry" else ["momentum zero"]), *crossed.notes]
+        state = replace(state, handed=", ".join([f"lr {rule}", *crossings]))
         self._exchange(trainer, phase, state)
         self._moments = self._moments[1:]
         self._hold(trainer)
@@ -681,7 +704,7 @@ class OptimizerSwitchCallback(Callback):
         fate = "freed" if old() is None else "still held elsewhere"
         facts = [
             describe_schedule(phase.lr_scheduler),
-            *crossed.notes,
+            *crossings,
             f"{fate} {format_bytes(freed - crossed.shared)}",
             *phase.notes,
         ]
@@ -707,6 +730,7 @@ class OptimizerSwitchCallback(Callback):
             optimizer,
             groups,
             placement.whole,
+            running_groups=placement.groups,
             inherits=isinstance(switch.param_groups, Inherit),
             estimate=switch.when.estimate(self._state.trigger) if switch.when else None,
             factor=_factor(schedule, clock, step - begun) if isinstance(switch.scheduler, Continue) else 1.0,
@@ -717,7 +741,7 @@ class OptimizerSwitchCallback(Callback):
             first_step=step,
             schedule_step=begun,
             optimizer=class_name(phase.optimizer),
-            partition=switch._reached(partition, phase.optimizer, trainer),
+            partition=self._reached(self.phase, partition, phase.optimizer, trainer),
             reason=self._state.trigger.get("fired") or f"at={switch.at} was reached",
             limit=crossed.limit,
             shapes=self._state.shapes,
@@ -889,7 +913,7 @@ class OptimizerSwitchCallback(Callback):
         except ConfigError as error:
             raise error.within(_key(state.phase - 1)) from None
         if self._configured is not None:
-            self._configured = switch._reached(partition, phase.optimizer, trainer)
+            self._configured = self._reached(state.phase - 1, partition, phase.optimizer, trainer)
         name = class_name(phase.optimizer)
         if name != state.optimizer:
             raise CheckpointError(
@@ -899,11 +923,7 @@ class OptimizerSwitchCallback(Callback):
         self._state = replace(state, shapes=shapes)
         recorded = {name for group in state.partition for name in group.parameters}
         self._refuse_other_parameters(recorded, recorded, state)
-        found = switch.handover.found
-        self._options = [
-            {name: value for name, value in group.items() if name.removeprefix("initial_") not in found}
-            for group in _options(phase.optimizer)
-        ]
+        self._options = switch.handover.configured(_options(phase.optimizer), built_for)
         self._exchange(trainer, phase, self._state)
 
     def _restored_schedule(self, trainer: Trainer) -> Any:

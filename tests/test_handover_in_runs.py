@@ -1,0 +1,769 @@
+"""What crosses a switch in whole runs: learning rates, momentum and decay, on one process and on two, before and after a resume."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import itertools
+import logging
+import math
+import os
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch.optim import SGD, Adam, AdamW
+from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_adaptive import (
+    AllOf,
+    AnyOf,
+    ConfigError,
+    Cosine,
+    ExactResume,
+    Handover,
+    Manual,
+    OnPlateau,
+    OnThreshold,
+    OptimizerSwitchCallback,
+    ParamGroups,
+    Plateau,
+    Trigger,
+    attach,
+)
+from lightning_adaptive.handover import PRESETS
+from lightning_adaptive.report import RunReport, read_curves
+from lightning_adaptive.strategies import running_optimizer
+from lightning_adaptive.triggers import Swats
+from tests.cpu_strategies import STRATEGIES, ShardableNet, whole_weights
+from tests.pair import Pair
+from tests.support import ValidatedNet, counted_steps, dataset, loader, trainer
+
+TO_SGD = partial(SGD, lr=0.1, momentum=0.9)
+STEPS_PER_EPOCH, STEPS = 4, 24
+
+
+class GroupedNet(ShardableNet):
+    """AdamW over two groups by name: the weights, which decay, and the biases, with half the learning rate and no decay."""
+
+    def configure_optimizers(self) -> Any:
+        weights, biases = ([layer.weight for layer in self.layers()], [layer.bias for layer in self.layers()])
+        groups = [
+            {"params": weights, "name": "weights"},
+            {"params": biases, "name": "biases", "lr": 5e-3, "weight_decay": 0.0},
+        ]
+        return AdamW(groups, lr=1e-2, weight_decay=0.1)
+
+    def layers(self) -> list[torch.nn.Linear]:
+        return [self.net[0], self.net[2]]
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1]), sync_dist=True)
+
+
+def global_batches(distributed: bool) -> DataLoader:
+    """Batches of sixteen over all processes, in the same order on one and on two."""
+    data = dataset()
+    if not distributed:
+        return DataLoader(data, batch_size=16)
+    return DataLoader(data, batch_size=8, sampler=DistributedSampler(data, 2, int(os.environ["RANK"]), shuffle=False))
+
+
+@contextmanager
+def told() -> Iterator[list[str]]:
+    """What is said while it lasts, on rank 0."""
+    lines: list[str] = []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("lightning.pytorch")
+    logger.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a run ended with, on one process, in plain values.
+
+    Args:
+        weights: the whole weights.
+        state: a hash of the optimizer's state, of what lies on this process.
+        groups: the options of each group.
+        classes: what made each step.
+        lrs: of each step the learning rate of each group.
+        shown: after each step what the trigger of the next switch had seen.
+        lines: what was said.
+    """
+
+    weights: dict[str, torch.Tensor]
+    state: str
+    groups: list[dict[str, Any]]
+    classes: list[str]
+    lrs: list[list[float]]
+    shown: list[dict[str, float]]
+    lines: list[str]
+
+    @property
+    def switches(self) -> list[str]:
+        """The lines about switches, without what differs from strategy to strategy."""
+        return [line.partition(", freed")[0] for line in self.lines if "SWITCH" in line]
+
+
+class Watch(Callback):
+    """Class and learning rates of each step; at the end weights, state and options."""
+
+    def __init__(self, switch: Callback) -> None:
+        self.switch = switch
+        self.classes: list[str] = []
+        self.lrs: list[list[float]] = []
+        self.shown: list[dict[str, float]] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.step = trainer.global_step
+        self.now = type(running_optimizer(trainer)).__name__, [float(group["lr"]) for group in groups_of(trainer)]
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step > self.step:
+            self.classes.append(self.now[0])
+            self.lrs.append(self.now[1])
+            self.shown.append(getattr(self.switch, "shows", {}))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.weights = whole_weights(trainer)
+        hashed = hashlib.sha256()
+        optimizer = running_optimizer(trainer)
+        # Of a parameter of which nothing lies here, FSDP loads a count of steps that the optimizer itself does not keep.
+        tensors = [tensor for group in optimizer.param_groups for tensor in group["params"] if tensor.numel()]
+        for name, value in (item for tensor in tensors for item in sorted(optimizer.state[tensor].items())):
+            here = getattr(value, "to_local", lambda value=value: value)()
+            hashed.update(f"{name} {here.tolist()}".encode())
+        self.state = hashed.hexdigest()[:12]
+        self.groups = [{name: value for name, value in group.items() if name != "params"} for group in groups_of(trainer)]
+
+
+def groups_of(trainer: Trainer) -> list[dict[str, Any]]:
+    return running_optimizer(trainer).param_groups
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of run: 24 steps, six epochs of four.
+
+    Args:
+        switch: makes the callback.
+        strategy: name in `STRATEGIES`, for two processes; empty for one process.
+        net: makes the module.
+        options: the trainer's.
+    """
+
+    switch: Callable[[], Callback]
+    strategy: str = ""
+    net: Callable[[], LightningModule] = GroupedNet
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def run(case: Case, folder: Path | None = None, path: Path | None = None, extra: Sequence[Callback] = (), seed: int = 1) -> Ended:
+    """One run; with a folder it saves after each step there, and with a path it goes on from there."""
+    if case.strategy:
+        warnings.simplefilter("ignore")
+    seed_everything(seed, verbose=False)
+    switch = case.switch()
+    watch = Watch(switch)
+    saver = [] if folder is None else [ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)]
+    distributed: dict[str, Any] = {"strategy": STRATEGIES[case.strategy](), "devices": 2} if case.strategy else {}
+    runner = trainer(
+        **{
+            "max_epochs": STEPS // STEPS_PER_EPOCH,
+            "callbacks": [switch, ExactResume(), watch, *extra, *saver],
+            "enable_checkpointing": bool(saver),
+            "use_distributed_sampler": False,
+            **distributed,
+            **case.options,
+        }
+    )
+    batches, validation = (global_batches(bool(case.strategy)) for _ in range(2))
+    with told() as lines:
+        runner.fit(case.net(), batches, validation, ckpt_path=path, weights_only=True)
+    return Ended(watch.weights, watch.state, watch.groups, watch.classes, watch.lrs, watch.shown, lines)
+
+
+def on(pair: Pair, case: Case, *arguments: Any) -> Ended:
+    """A run on as many processes as the case asks for; both ranks must have decided the same."""
+    if not case.strategy:
+        return run(case, *arguments)
+    one, other = pair.run(run, case, *arguments)
+    assert (one.classes, one.lrs, one.groups, one.shown) == (other.classes, other.lrs, other.groups, other.shown)
+    assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
+    return one
+
+
+def switch(handover: Any, at: str | None = "10st", **options: Any) -> OptimizerSwitchCallback:
+    return OptimizerSwitchCallback(**{"at": at, "optimizer": TO_SGD, "handover": handover, **options})
+
+
+SMOOTH = replace(PRESETS["smooth"], guard=0.5, guard_for="6st")
+"""Its guard holds updates back, for six steps."""
+slow = partial(pytest.param, marks=pytest.mark.slow)
+TWO = ["ddp", "fsdp sharded", "fsdp2 sharded"]
+
+
+# One process
+
+
+LINES = {
+    "own": "SGD lr 1.0e-01/5.0e-02 (own), because at=10st was reached; constant, momentum zero, freed 5.4 KB",
+    "keep": "SGD lr 1.0e-02/5.0e-03 (keep), because at=10st was reached; constant, momentum zero, configured 5.0e-02..1.0e-01, "
+    "freed 5.4 KB",
+    "smooth": "SGD lr 2.8e-02/1.0e-02/1.1e-02/2.5e-03 (match_orthogonal per tensor), because at=10st was reached; constant, "
+    "configured 5.0e-02..1.0e-01, weight decay 1.0e-01 -> 3.6e-03..9.6e-03 (match), momentum carried, updates held to a "
+    "norm of 0.16 for 100st, freed 5.4 KB",
+    "swats": "SGD lr 2.7e-02/1.3e-02 (match_projection per model), because at=10st was reached; constant, momentum zero, "
+    "configured 5.0e-02..1.0e-01, freed 5.4 KB",
+}
+
+
+@pytest.mark.parametrize("preset", LINES)
+def test_the_line_of_a_preset(preset: str) -> None:
+    ended = run(Case(partial(switch, preset)))
+    assert [line for line in ended.lines if "SWITCH" in line] == [
+        f"SWITCH at step 10 (epoch 2): AdamW lr 1.0e-02/5.0e-03 -> {LINES[preset]}"
+    ]
+    assert ended.classes == ["AdamW"] * 10 + ["SGD"] * 14
+
+
+def test_the_line_with_the_trigger_and_a_scale() -> None:
+    when = Swats(window=2, patience=1, rtol=10.0)
+    half = replace(PRESETS["swats"], scale=0.5)
+    ended = run(Case(partial(switch, half, None, when=when, scheduler=Cosine(warmup="2st"))))
+    [line] = [line for line in ended.lines if "SWITCH" in line]
+    [shown] = [shown for shown, name in zip(ended.shown, ended.classes, strict=True) if name == "AdamW"][-1:]
+    lr = shown["lr"]
+    assert line == (
+        f"SWITCH at step 4 (epoch 1): AdamW lr 1.0e-02/5.0e-03 -> SGD lr {lr / 10 / 4:.1e}/{lr / 10 / 8:.1e} (match_projection per "
+        f"model x 0.5), because the learning rate for SGD has settled, at {lr:.4g}; cosine, warmup 2st, momentum zero, configured "
+        "5.0e-02..1.0e-01, freed 5.4 KB"
+    )
+
+
+class Before(Callback):
+    """Learning rates, moments and weights as they were when the switch came, in float64."""
+
+    def __init__(self, step: int = 10) -> None:
+        self.step = step
+        self.moments: dict[str, tuple[float, torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step != self.step:
+            return
+        names = {parameter: name for name, parameter in pl_module.named_parameters()}
+        optimizer = running_optimizer(trainer)
+        for group in optimizer.param_groups:
+            for tensor in group["params"]:
+                state = optimizer.state[tensor]
+                mean = state["exp_avg"].double() / (1 - 0.9**self.step)
+                root = (state["exp_avg_sq"].double() / (1 - 0.999**self.step)).sqrt()
+                self.moments[names[tensor]] = group["lr"], mean, -group["lr"] * mean / (root + 1e-8), tensor.detach().double()
+
+
+SETS = {
+    "tensor": [["net.0.weight"], ["net.2.weight"], ["net.0.bias"], ["net.2.bias"]],
+    "group": [["net.0.weight", "net.2.weight"], ["net.0.bias", "net.2.bias"]],
+}
+
+
+@pytest.mark.parametrize("per", ["tensor", "group", "model"])
+@pytest.mark.parametrize("rule", ["match_orthogonal", "match_norm", "match_projection"])
+def test_learning_rates_are_what_the_formulas_say(rule: str, per: str) -> None:
+    before = Before()
+    ended = run(Case(partial(switch, Handover(lr=rule, per=per))), extra=(before,))  # type: ignore[arg-type]
+
+    def eta(names: Sequence[str], ratios: Sequence[float]) -> float:
+        found = [before.moments[name] for name in names]
+        update = sum(float((step * step).sum()) for _, _, step, _ in found)
+        along = sum(-ratio * float((step * mean).sum()) for ratio, (_, mean, step, _) in zip(ratios, found, strict=True))
+        other = sum(ratio**2 * float((mean * mean).sum()) for ratio, (_, mean, _, _) in zip(ratios, found, strict=True))
+        return {
+            "match_orthogonal": along / other,
+            "match_norm": math.sqrt(update / other),
+            "match_projection": update / along,
+        }[rule]
+
+    if per == "model":
+        of_model = eta([name for names in SETS["group"] for name in names], [1, 1, 0.5, 0.5])
+        expected = [of_model, of_model / 2]
+    else:
+        expected = [eta(names, [1.0] * len(names)) for names in SETS[per]]
+    names = ["weights", "biases"] if per != "tensor" else [name for [name] in SETS["tensor"]]
+    assert [group["name"] for group in ended.groups] == names
+    assert [group["initial_lr"] for group in ended.groups] == pytest.approx([lr / 10 for lr in expected], rel=1e-5)
+    assert [group["lr"] for group in ended.groups] == [group["initial_lr"] for group in ended.groups]
+
+
+def test_the_first_update_after_a_smooth_switch_is_what_it_promises() -> None:
+    """Momentum and decay are carried: SGD's first step on the mean gradient would be Adam's, brought as near as it can be."""
+    before, seeded = Before(), {}
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 10:
+                names = {parameter: name for name, parameter in pl_module.named_parameters()}
+                optimizer = running_optimizer(trainer)
+                for group in optimizer.param_groups:
+                    [tensor] = group["params"]
+                    seeded[names[tensor]] = group, optimizer.state[tensor]["momentum_buffer"].double()
+
+    with counted_steps() as counts:
+        run(Case(partial(switch, "smooth")), extra=(before, Look()))
+    assert counts == {"AdamW": 10, "SGD": 14}
+    assert len(seeded) == 4
+    for name, (group, buffer) in seeded.items():
+        lr, mean, step, _ = before.moments[name]
+        torch.testing.assert_close(buffer, 10 * mean, rtol=1e-5, atol=1e-9)
+        assert (float((step + group["lr"] * buffer).double().flatten() @ buffer.flatten())) == pytest.approx(0, abs=1e-7)
+        decay = 0.1 if name.endswith("weight") else 0.0
+        assert group["weight_decay"] * group["lr"] * 10 == pytest.approx(lr * decay, rel=1e-6)
+        assert group["name"] == name
+
+
+def test_the_old_optimizer_and_its_state_are_freed_after_a_handover() -> None:
+    references: list[weakref.ref[Any]] = []
+    alive: list[bool] = []
+
+    class Freed(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == 10:
+                optimizer = running_optimizer(trainer)
+                moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+                references.extend(weakref.ref(found) for found in (optimizer, *moments))
+            if trainer.global_step == 11:
+                alive.extend(reference() is not None for reference in references)
+
+    gc.disable()
+    try:
+        run(Case(partial(switch, "smooth")), extra=(Freed(),))
+    finally:
+        gc.enable()
+    assert alive == [False] * 9
+
+
+def test_moments_that_cross_unchanged_are_not_called_freed() -> None:
+    """Of Adam's state for AdamW 16 bytes of counts are new, and both moments are the same tensors."""
+    handover = Handover(lr="keep", momentum="carry")
+    ended = run(Case(partial(switch, handover, optimizer=partial(Adam, lr=0.1))))
+    [line] = [line for line in ended.lines if "SWITCH" in line]
+    assert line == (
+        "SWITCH at step 10 (epoch 2): AdamW lr 1.0e-02/5.0e-03 -> Adam lr 1.0e-02/5.0e-03 (keep), because at=10st was reached; "
+        "constant, configured 5.0e-02..1.0e-01, momentum carried, freed 16 B"
+    )
+
+
+def test_the_monitor_of_learning_rates_and_the_report_see_a_group_for_each_tensor(tmp_path: Path) -> None:
+    report, logger = RunReport("val/loss"), CSVLogger(tmp_path, name="", version="")
+    options = {"logger": logger, "log_every_n_steps": 1}
+    ended = run(Case(partial(switch, "smooth"), options=options), extra=(report, LearningRateMonitor("step")))
+    logger.save()
+    curves = read_curves(tmp_path / "metrics.csv")
+    names = [name for [name] in SETS["tensor"]]
+    for index, name in enumerate(names):
+        assert curves[f"lr/{name}"] == (list(range(10, 24)), [pytest.approx(ended.lrs[10][index])] * 14)
+    first, second = report.phases
+    assert (first.optimizer, first.end_step, first.lr_last) == ("AdamW", 10, [0.01, 0.005])
+    assert (second.optimizer, second.first_step, second.lr_first) == ("SGD", 10, ended.lrs[10])
+
+
+# The next schedule
+
+
+def factor_of_cosine(step: int, steps: int = 14) -> float:
+    return (1 + math.cos(math.pi * step / steps)) / 2
+
+
+SCHEDULES: dict[str, tuple[Any, Callable[[int], float]]] = {
+    "constant": (None, lambda step: 1.0),
+    "cosine": (Cosine(), factor_of_cosine),
+    "cosine, warmup": (Cosine(warmup="2st"), lambda step: (step + 1) / 2 if step < 2 else factor_of_cosine(step - 2, 12)),
+    "StepLR": ({"scheduler": partial(StepLR, step_size=3, gamma=0.5), "interval": "step"}, lambda step: 0.5 ** (step // 3)),
+    "Plateau": (Plateau(monitor="val/loss", patience=99, warmup="2st"), lambda step: min((step + 1) / 2, 1)),
+    "continue": ("continue", lambda step: factor_of_cosine(step + 10, 24) / factor_of_cosine(10, 24)),
+}
+
+
+@pytest.mark.parametrize("handover", ["keep", "smooth", "swats"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_starts_from_what_was_handed_over(name: str, handover: str) -> None:
+    """Of a schedule that goes on, the first step has what was handed over; of a new one, that is the base."""
+    scheduler, factor = SCHEDULES[name]
+    constant = run(Case(partial(switch, handover), net=scheduled)).lrs[10]
+    ended = run(Case(partial(switch, handover, scheduler=scheduler), net=scheduled))
+    for step in range(14):
+        assert ended.lrs[10 + step] == pytest.approx([lr * factor(step) for lr in constant], rel=1e-9)
+
+
+def scheduled() -> LightningModule:
+    return attach(GroupedNet(), optimizer=partial(AdamW, lr=1e-2), scheduler=Cosine())
+
+
+@pytest.mark.parametrize("handover", ["keep", "swats"])
+def test_new_groups_take_what_was_handed_over_and_an_explicit_learning_rate_stays(handover: str) -> None:
+    rules = ParamGroups(
+        head={"match": "net.2.*", "lr_scale": 0.1, "weight_decay": 0.25},
+        bias={"match": "net.0.bias", "lr": 0.3},
+    )
+    case = Case(
+        partial(switch, replace(PRESETS[handover], weight_decay="match"), param_groups=rules), net=partial(ValidatedNet, 0.02)
+    )
+    ended = run(case)
+    whole = run(replace(case, switch=partial(switch, handover))).lrs[10] if handover == "keep" else None
+    by_name = {group["name"]: group for group in ended.groups}
+    assert by_name["bias"]["initial_lr"] == 0.3
+    assert by_name["head"]["initial_lr"] == pytest.approx(0.1 * by_name["default"]["initial_lr"])
+    assert by_name["head"]["weight_decay"] == 0.25
+    if whole is not None:
+        assert by_name["default"]["initial_lr"] == whole[0] == 0.02
+
+
+# The same decision on every strategy
+
+
+SWATS = Swats(window=2, patience=3, rtol=0.14)
+PAPER = Swats(criterion="paper", eps=3e-2)
+SAME: dict[str, Callable[[], Callback]] = {
+    "keep": partial(switch, "keep"),
+    "smooth": partial(switch, SMOOTH),
+    "swats": partial(switch, "swats"),
+    "match_norm per group": partial(switch, Handover(lr="match_norm", per="group", momentum="carry")),
+    "match_projection per tensor": partial(switch, Handover(lr="match_projection")),
+    "match_orthogonal per model": partial(switch, Handover(lr="match_orthogonal", per="model", weight_decay="match")),
+    "to Adam": partial(switch, Handover(lr="match_norm", per="model", momentum="carry"), optimizer=partial(Adam, lr=0.5)),
+    "relative per model": partial(switch, "swats", "20st", when=SWATS),
+    "relative per group": partial(switch, Handover(lr="match_projection", per="group"), "20st", when=replace(SWATS, per="group")),
+    "paper": partial(switch, "swats", "20st", when=PAPER),
+    "every second step": partial(switch, "smooth", "20st", when=replace(SWATS, every_n_steps=2, patience=2)),
+}
+DECIDED = {"relative per model": 9, "relative per group": 18, "paper": 9, "every second step": 10}
+"""Switch steps of those with a trigger."""
+QUICK = ("smooth", "relative per model", "relative per group")
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else slow(name) for name in SAME])
+def test_every_strategy_decides_as_one_process_does(name: str, pair: Pair) -> None:
+    """At the same step and, but for the rounding of float32, with the same learning rates and then weights."""
+    alone = run(Case(SAME[name]))
+    begin = DECIDED.get(name, 10)
+    expected = ["AdamW"] * begin + ["Adam" if name == "to Adam" else "SGD"] * (STEPS - begin)
+    assert alone.classes == expected
+    for strategy in TWO:
+        ended = on(pair, Case(SAME[name], strategy))
+        assert ended.classes == expected, strategy
+        assert ended.switches == alone.switches, strategy
+        for one, other in zip(ended.lrs, alone.lrs, strict=True):
+            assert one == pytest.approx(other, rel=1e-5)
+        for one, other in zip(ended.shown, alone.shown, strict=True):
+            # A gap is a difference of numbers that nearly agree.
+            assert one == {key: pytest.approx(value, rel=1e-4, abs=1e-6 * ("gap" in key)) for key, value in other.items()}
+        for key, tensor in ended.weights.items():
+            torch.testing.assert_close(tensor, alone.weights[key], rtol=1e-4, atol=1e-5)
+
+
+def test_the_guard_of_the_smooth_switch_here_holds_updates_back() -> None:
+    """Or the comparison of strategies would not show that they hold back alike."""
+    guarded, free = run(Case(partial(switch, SMOOTH))), run(Case(partial(switch, replace(SMOOTH, guard=None))))
+    assert not torch.equal(guarded.weights["net.0.weight"], free.weights["net.0.weight"])
+
+
+def moved(strategy: str) -> tuple[float, list[float]]:
+    """The norm to which updates are held, and of each step after the switch how far the whole model went."""
+    weights: list[torch.Tensor] = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step >= 10:
+                weights.append(torch.cat([tensor.flatten().double() for tensor in whole_weights(trainer).values()]))
+
+    callback = switch(SMOOTH)
+    run(Case(lambda: callback, strategy), extra=[Look()])
+    limit = callback.state_dict()["limit"]
+    return limit, [float((after - before).norm()) for before, after in itertools.pairwise(weights)]
+
+
+@pytest.mark.parametrize("strategy", ["", *TWO])
+def test_the_guard_holds_the_whole_models_update(strategy: str, pair: Pair) -> None:
+    ranks = pair.run(moved, strategy) if strategy else [moved("")]
+    for limit, norms in ranks:
+        assert norms[:6] == [pytest.approx(limit, rel=1e-3)] * 6
+        assert max(norms[6:]) > 1.2 * limit  # the window is over
+
+
+DEEPSPEED = {
+    "lr": ({"handover": "smooth"}, "handover.lr: a handover of what the running optimizer knows"),
+    "momentum": ({"handover": Handover(momentum="carry")}, "handover.momentum: a handover of what the running optimizer knows"),
+    "guard": ({"handover": Handover(guard=1.5)}, "handover.guard: a handover of what the running optimizer knows"),
+    "swats": ({"handover": "own", "when": SWATS}, "when: SWATS"),
+}
+
+
+def refused(strategy: str, make: Callable[[], Callback]) -> str:
+    with counted_steps() as counts:
+        try:
+            run(Case(make, strategy))
+        except ConfigError as error:
+            assert not counts
+            return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", DEEPSPEED)
+def test_deepspeed_refuses_what_looks_at_the_state_before_the_first_step(name: str, pair: Pair) -> None:
+    options, begins = DEEPSPEED[name]
+    message = (
+        f"switch.{begins} looks at the optimizer's state of each parameter, which lies in flat partitions under DeepSpeed. Use "
+        "DDP, FSDP or FSDP2 (ModelParallelStrategy)."
+    )
+    assert pair.run(refused, "deepspeed 2", partial(switch, **options)) == [message] * 2
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed 2", pytest.param("deepspeed 3", marks=pytest.mark.slow)])
+def test_deepspeed_keeps_learning_rates_and_decay(strategy: str, pair: Pair) -> None:
+    """They stand in the groups, whose parameters are flat partitions there."""
+    handover = Handover(lr="keep", scale=2, weight_decay="match")
+    alone, ended = run(Case(partial(switch, handover))), on(pair, Case(partial(switch, handover), strategy))
+    assert ended.lrs[10] == alone.lrs[10] == [0.02, 0.01]
+    decays = [group["weight_decay"] for group in ended.groups]
+    assert decays == [group["weight_decay"] for group in alone.groups] == [pytest.approx(0.005), 0.0]
+
+
+# Resume
+
+
+def chain() -> OptimizerSwitchCallback:
+    """AdamW, then SGD that is matched, a tenth of that, and Adam on its own."""
+    last = switch("own", "18st", optimizer=partial(Adam, lr=1e-3))
+    tenth = switch(Handover(lr="keep", scale=0.1, momentum="carry"), "12st", then=last)
+    return switch(SMOOTH, "6st", then=tenth)
+
+
+def regrouped() -> OptimizerSwitchCallback:
+    """SGD on groups by rules, matched for each tensor, and then Adam on what it inherits of them."""
+    rules = ParamGroups(
+        head={"match": "net.2.*", "lr_scale": 0.1, "weight_decay": 0}, bias={"match": "net.0.bias", "lr": 0.3, "momentum": 0.5}
+    )
+    last = switch("own", "14st", optimizer=partial(Adam, lr=1e-3, weight_decay=1e-2))
+    return switch(replace(SMOOTH, weight_decay="own"), "10st", param_groups=rules, then=last)
+
+
+RESUMED: dict[str, tuple[Callable[[], Callback], Sequence[int]]] = {
+    "keep": (partial(switch, "keep", scheduler=Cosine()), (6, 10, 11, 20)),
+    "smooth": (partial(switch, SMOOTH, scheduler=Cosine(warmup="2st")), (6, 10, 11, 13, 16, 20)),
+    "swats": (partial(switch, "swats", "20st", when=SWATS, scheduler=Cosine()), (1, 6, 8, 9, 10, 20)),
+    "continue": (partial(switch, "smooth", scheduler="continue"), (10, 13)),
+    "chain": (chain, (5, 6, 8, 12, 14, 18, 20)),
+    "regrouped": (regrouped, (10, 12, 14, 16)),
+}
+
+
+def resumed(case: Case, folder: Path, steps: Sequence[int]) -> tuple[Ended, list[Ended]]:
+    """The uninterrupted run, and those that went on from after each of these steps."""
+    saved = run(case, folder)
+    return saved, [run(case, path=folder / f"step={step}.ckpt", seed=100 + step) for step in steps]
+
+
+def assert_resumed(steps: Sequence[int], whole: Ended, runs: Sequence[Ended]) -> None:
+    for step, ended in zip(steps, runs, strict=True):
+        where = f"from step {step}"
+        assert ended.classes == whole.classes[step:], where
+        assert ended.lrs == whole.lrs[step:], where
+        assert ended.shown == whole.shown[step:], where
+        assert ended.groups == whole.groups, where
+        assert ended.state == whole.state, where
+        assert all(torch.equal(ended.weights[name], tensor) for name, tensor in whole.weights.items()), where
+
+
+def scheduled_if(name: str) -> Callable[[], LightningModule]:
+    return scheduled if name == "continue" else GroupedNet
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("name", RESUMED)
+def test_every_resume_ends_in_the_same_weights_state_and_options(name: str, tmp_path: Path) -> None:
+    make, steps = RESUMED[name]
+    assert_resumed(steps, *resumed(Case(make, net=scheduled_if(name)), tmp_path, steps))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "name"),
+    [
+        (strategy, name) if (strategy, name) in (("ddp", "smooth"), ("fsdp2 sharded", "chain")) else slow(strategy, name)
+        for strategy in TWO
+        for name in RESUMED
+    ],
+)
+def test_every_resume_ends_in_the_same_weights_state_and_options_on_two_processes(
+    strategy: str, name: str, pair: Pair, tmp_path: Path
+) -> None:
+    make, steps = RESUMED[name]
+    for whole, runs in pair.run(resumed, Case(make, strategy, net=scheduled_if(name)), tmp_path, steps):
+        assert_resumed(steps, whole, runs)
+
+
+def with_other_settings(strategy: str, folder: Path, policy: str) -> list[dict[str, Any]]:
+    """Groups of the run that was saved, and of one that goes on within the guard's window with other settings."""
+    saved = run(Case(partial(switch, SMOOTH, scheduler=Cosine()), strategy), folder)
+    other = partial(switch, SMOOTH, optimizer=partial(SGD, lr=0.7, momentum=0.8, nesterov=True), scheduler=Cosine())
+    path = folder / "step=13.ckpt"
+    ended = run(Case(partial(other, on_resume=policy), strategy), path=path)
+    told = [line for line in ended.lines if line.startswith("RESUMED")]
+    lines = [
+        f"RESUMED with other settings (on_resume={policy}):",
+        "  switch.optimizer.lr: 0.1 in the checkpoint, 0.7 in this run",
+        "  switch.optimizer.momentum: 0.9 in the checkpoint, 0.8 in this run",
+        "  switch.optimizer.nesterov: default in the checkpoint, True in this run",
+        "  seed: 1 in the checkpoint, 1 in this run",
+    ]
+    assert not told or told == ["\n".join(lines[:-1])]
+    return [saved.groups, ended.groups]  # type: ignore[list-item]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("policy", ["config", "checkpoint"])
+@pytest.mark.parametrize("strategy", ["", *(name if name == "ddp" else slow(name) for name in TWO)])
+def test_what_was_handed_over_survives_a_resume_with_other_settings(strategy: str, policy: str, pair: Pair, tmp_path: Path) -> None:
+    ranks = pair.run(with_other_settings, strategy, tmp_path, policy) if strategy else [with_other_settings("", tmp_path, policy)]
+    for saved, ended in ranks:
+        expected = {"momentum": 0.8, "nesterov": True} if policy == "config" else {}
+        assert ended == [{**group, **expected} for group in saved]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_learning_rate_that_a_rule_gives_follows_the_config_on_a_resume(tmp_path: Path) -> None:
+    def make(bias_lr: float, decay: float, policy: str) -> Callback:
+        rules = ParamGroups(bias={"match": "*.bias", "lr": bias_lr, "weight_decay": decay})
+        handover = Handover(lr="match_norm", per="group", weight_decay="match")
+        return switch(handover, param_groups=rules, on_resume=policy)
+
+    net = partial(ValidatedNet, 0.02)
+    saved = run(Case(partial(make, 0.3, 0.1, "error"), net=net), tmp_path)
+    ended = run(Case(partial(make, 0.2, 0.4, "config"), net=net), path=tmp_path / "step=13.ckpt")
+    [plain, bias] = saved.groups
+    assert (plain["name"], bias["name"]) == ("default", "bias")
+    assert ended.groups == [plain, {**bias, "lr": 0.2, "initial_lr": 0.2, "weight_decay": 0.4}]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_resume_between_two_switches_of_which_the_second_was_due_first(tmp_path: Path) -> None:
+    """The trigger comes late, when the moment of the switch after it is over: that one comes a step later, resumed or not."""
+    last = partial(switch, "own", "5st", optimizer=partial(Adam, lr=1e-3))
+
+    def make() -> Callback:
+        return switch("swats", None, when=SWATS, then=last())
+
+    whole, [ended] = resumed(Case(make), tmp_path, [10])
+    assert whole.classes == ["AdamW"] * 9 + ["SGD"] + ["Adam"] * 14
+    assert len(whole.switches) == 2
+    assert_resumed([10], whole, [ended])
+
+
+# Resume within what a trigger observes
+
+
+class ScriptedNet(GroupedNet):
+    """Its validation loss of each epoch is given."""
+
+    values = (1.0, 0.5, 0.6, 0.7, 0.1, 0.1)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        value = -100.0 if self.trainer.sanity_checking else self.values[self.trainer.current_epoch]
+        self.log("val/loss", value, sync_dist=True)
+
+
+STANDS = OnPlateau(monitor="val/loss", patience=1, smoothing=0.2)
+LOW = OnThreshold(monitor="val/loss", below=0.68, smoothing=0.6)
+WINDOWS: dict[str, tuple[Trigger, int]] = {
+    "plateau": (STANDS, 16),
+    "threshold": (LOW, 12),
+    "relative": (SWATS, 9),
+    "paper": (PAPER, 9),
+    "per group": (replace(SWATS, per="group"), 18),
+    "any": (AnyOf(of={"stands": replace(STANDS, patience=9), "settled": replace(SWATS, per="group"), "low": LOW}), 12),
+    "all": (AllOf(of={"stands": STANDS, "settled": SWATS}), 16),
+    "manual": (Manual(every_n_steps=5), 15),
+}
+
+
+class Asking(Callback):
+    """Asks for the switch by a file after the eleventh step."""
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 11 and trainer.is_global_zero:
+            Path(trainer.default_root_dir, "SWITCH").touch()
+
+
+def observed(strategy: str, trigger: Trigger, folder: Path, steps: Sequence[int]) -> tuple[Ended, list[Ended]]:
+    case = Case(partial(switch, SMOOTH, None, when=trigger), strategy, ScriptedNet, {"default_root_dir": str(folder)})
+    whole = run(case, folder, extra=[Asking()])
+    runs = []
+    for step in steps:
+        if 11 <= step < 15:
+            Asking.on_train_batch_end(Asking(), SimpleNamespace(global_step=11, is_global_zero=True, default_root_dir=str(folder)))
+        runs.append(run(case, path=folder / f"step={step}.ckpt", seed=100 + step, extra=[Asking()]))
+    return whole, runs
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize(
+    ("strategy", "name"),
+    [
+        (strategy, name)
+        if (strategy, name) in (("ddp", "all"), ("fsdp2 sharded", "relative")) or not strategy
+        else slow(strategy, name)
+        for strategy in ("", *TWO)
+        for name in WINDOWS
+    ],
+)
+def test_a_resume_within_what_a_trigger_observes_switches_at_the_same_step(
+    strategy: str, name: str, pair: Pair, tmp_path: Path
+) -> None:
+    trigger, moment = WINDOWS[name]
+    steps = [step for step in (1, 3, 8, 12, 15) if step < moment] + [moment, moment + 1]
+    ranks = pair.run(observed, strategy, trigger, tmp_path, steps) if strategy else [observed(strategy, trigger, tmp_path, steps)]
+    for whole, runs in ranks:
+        assert whole.classes == ["AdamW"] * moment + ["SGD"] * (STEPS - moment)
+        assert_resumed(steps, whole, runs)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_step_is_seen_once_where_batches_are_accumulated(tmp_path: Path) -> None:
+    """The first batch after a resume makes no step, and its gradients are none of one."""
+    options = {"accumulate_grad_batches": 2, "max_epochs": 12}
+    steps = [3, 5, 8]
+    whole, runs = resumed(Case(partial(switch, "swats", "20st", when=SWATS), options=options), tmp_path, steps)
+    assert all(whole.shown[:9])
+    assert_resumed(steps, whole, runs)
+
+
+def test_accumulated_batches_are_seen_as_one() -> None:
+    """Two of eight make the same estimates as one of sixteen."""
+    make = partial(switch, "swats", None, when=SWATS)
+    halves = [loader(batch_size=8), loader(batch_size=16)]
+    seen = []
+    for batches, accumulate in zip(halves, (2, 1), strict=True):
+        callback = make()
+        watch = Watch(callback)
+        trainer(max_epochs=6, accumulate_grad_batches=accumulate, callbacks=[callback, watch]).fit(GroupedNet(), batches, batches)
+        seen.append(watch)
+    small, large = seen
+    assert small.classes == large.classes == ["AdamW"] * 9 + ["SGD"] * 15
+    assert [shown["lr"] for shown in small.shown[:8]] == pytest.approx([shown["lr"] for shown in large.shown[:8]], rel=1e-4)
