@@ -205,6 +205,7 @@ class OptimizerSwitchCallback(Callback):
         self._moments: tuple[int | None, ...] = ()
         self._asked = False
         self._looked = 0
+        self._guarded_to = 0
         self._trainer_clip_val: float | None = None
         self._stop_reading: Callable[[], None] | None = None
         self._fitting = True
@@ -359,6 +360,8 @@ class OptimizerSwitchCallback(Callback):
                     "not finite. It counts as a step."
                 )
 
+        if trainer.global_step >= self._guarded_to:
+            self._let_loose()
         if self._watching and trainer.global_step != self._looked:
             self._look(trainer, self._watching)
         self._looked = trainer.global_step
@@ -746,10 +749,13 @@ class OptimizerSwitchCallback(Callback):
         self._let_loose()
         if self._state.limit is None or not self.phase:
             return
-        last = self.first_step + self.chain[self.phase - 1].handover.guard_steps(_clock(trainer, self.first_step))
-        if trainer.global_step < last:
+        # In global steps, which a step that the scaler skips counts as well: so a resumed run knows where the window ends.
+        steps = self.chain[self.phase - 1].handover.guard_steps(_clock(trainer, self.first_step))
+        self._guarded_to = self.first_step + steps
+        left = self._guarded_to - trainer.global_step
+        if left > 0:
             placement = strategies.placement(trainer, self.optimizer_index)
-            self._guard = Guard(placement.optimizer, self._state.limit, last - trainer.global_step, placement.whole)
+            self._guard = Guard(placement.optimizer, self._state.limit, left, placement.whole)
 
     def _let_loose(self) -> None:
         if self._guard is not None:
