@@ -579,8 +579,23 @@ class OptimizerSwitchCallback(Callback):
         if self._saved is not None:
             self._settle(trainer, settings.changes(self._saved.settings, now))
             self._saved = None
+        self._check_agreement(trainer, moments)
         self._moments = tuple(moments)
         self._state = replace(self._state, settings=now)
+
+    def _check_agreement(self, trainer: Trainer, moments: list[int | None]) -> None:
+        """Refuses processes that would switch at different steps, or observe at different ones."""
+        clock, watching = _clock(trainer), [switch.when for switch in self.chain[self.phase :] if switch.when]
+        numbers = [*moments, clock.total_steps, *(trigger.first_step(clock) for trigger in watching)]
+        if any(trigger.monitors() for trigger in watching):
+            numbers.append(clock.steps_per_epoch)
+        if not strategies.is_same_everywhere(trainer, numbers):
+            raise ConfigError(
+                f"the processes have data of different lengths ({clock.steps_per_epoch} steps an epoch on one of them), so they "
+                "would not switch at one step. Let Lightning part the data (true), or set trainer.limit_train_batches to the "
+                "least number of batches.",
+                "trainer.use_distributed_sampler",
+            )
 
     def _settings(self, index: int, optimizer: Optimizer) -> Settings:
         key = _key(index)
