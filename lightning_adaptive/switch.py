@@ -663,7 +663,9 @@ class OptimizerSwitchCallback(Callback):
         except ConfigError as error:
             raise error.within(f"{_key(self.phase)}.when") from None
         self._state = replace(self._state, trigger=after)
-        if trigger.passed_over(after) > trigger.passed_over(before):
+        # Of steps only the first is said: where weights are no longer finite, none of those that follow is.
+        known = trigger.passed_over(before)
+        if trigger.passed_over(after) > known and (metrics is not None or not known):
             what = "A step seen by" if metrics is None else "A metric of"
             rank_zero_warn(f"{what} {trigger} was not finite at step {trainer.global_step}. It is passed over.")
         if self.dry_run:
