@@ -1062,15 +1062,19 @@ def _factor(schedule: Schedule, clock: Clock, since: int) -> float:
 
 
 def _warn_at_foot(running: Optimizer, handover: Handover) -> None:
-    """Says so when a learning rate is handed over that has come down to nearly nothing."""
-    if handover.lr == "own":
+    """Says so when a learning rate, or the length of updates, is handed over that has come down to nearly nothing."""
+    if handover.lr == "own" and handover.guard is None:
         return
     now, base = (max(float(group.get(key, group["lr"])) for group in running.param_groups) for key in ("lr", "initial_lr"))
-    if now < 0.01 * base:
-        rank_zero_warn(
-            f"The learning rate that is handed over is at the foot of its schedule: {class_name(running)} steps with {now:.1e}, "
-            f"and its base is {base:.1e}. The next phase would hardly move. Let the switch come earlier, or write handover.lr=own."
-        )
+    if now >= 0.01 * base:
+        return
+    what, cure = "The learning rate that is handed over is", "lr=own"
+    if handover.lr == "own":
+        what, cure = "The updates to whose length the guard holds the next ones are", "guard=null"
+    rank_zero_warn(
+        f"{what} at the foot of the schedule: {class_name(running)} steps with {now:.1e}, and its base is {base:.1e}. The next "
+        f"phase would hardly move. Let the switch come earlier, or write handover.{cure}."
+    )
 
 
 def _lr_rule(handover: Handover, optimizer: Optimizer) -> str:
