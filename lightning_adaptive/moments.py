@@ -232,7 +232,7 @@ def _ratios(optimizer: Optimizer, group: OptimizerGroup, tensors: Sequence[Tenso
 
 def _scales(optimizer: Optimizer, group: OptimizerGroup, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Of each tensor ``lr sqrt(1 - beta2^t) / (1 - beta1^t)``, which makes `_ratios` the step, and ``1 - beta1^t``."""
-    steps = _steps(optimizer, tensors).to(local(tensors[0]).device)
+    steps = _steps(optimizer, tensors).to(local(tensors[0]).device, non_blocking=True)
     first, second = 1 - group["betas"][0] ** steps, 1 - group["betas"][1] ** steps
     scale = group["lr"] * second.sqrt() / first
     return scale * _rectifications(group, steps) if isinstance(optimizer, RAdam) else scale, first

@@ -314,7 +314,8 @@ class Swats(Trigger):
         criterion: ``relative`` or ``paper``.
         rtol: of ``relative``, the tolerated difference as a share, above 0.
         window: of ``relative``, number of looks that the shorter average spans, at least 2. Nothing fires before twice as many.
-        patience: of ``relative``, number of looks in a row for which the averages must agree, at least 1.
+        patience: of ``relative``, number of looks in a row for which the averages must agree, at least 1. In the beginning both
+            are over nearly the same looks, and only patience sees a slow drift.
         eps: of ``paper``, the tolerated difference, above 0.
         per: ``model`` for one learning rate, found from the sums over all groups; ``group`` for one of each, where it fires when
             the last of them has settled, each at what it found then. One that has never moved is not waited for. There is one
@@ -344,8 +345,8 @@ class Swats(Trigger):
             _check_number(option, getattr(self, option))
             if not 0 < getattr(self, option) < math.inf:
                 raise ConfigError(f"{getattr(self, option)!r} is no tolerance. Write a number above 0.", option)
-        _check_count("window", self.window, least=2)
-        _check_count("patience", self.patience)
+        _check_count("window", self.window, least=2, of="looks")
+        _check_count("patience", self.patience, of="looks")
         _check_count("every_n_steps", self.every_n_steps)
 
     def projecting(self) -> tuple[Swats, ...]:
@@ -517,9 +518,9 @@ class AllOf(Combined):
         return len(fired) == len(self.of)
 
 
-def _check_count(option: str, value: Any, least: int = 1) -> None:
+def _check_count(option: str, value: Any, least: int = 1, of: str = "steps") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{value!r} is no number of steps. Write a whole number from {least} on.", option)
+        raise ConfigError(f"{value!r} is no number of {of}. Write a whole number from {least} on.", option)
 
 
 def _check_number(option: str, value: Any) -> None:

@@ -7,18 +7,20 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import event, given
 from hypothesis import strategies as st
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from torch.optim import SGD, Adam
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_adaptive import (
     AllOf,
@@ -33,14 +35,18 @@ from lightning_adaptive import (
     OptimizerSwitchCallback,
     Trigger,
     attach,
+    moments,
     preview,
 )
+from lightning_adaptive.handover import PRESETS, cross
+from lightning_adaptive.param_groups import Group
 from lightning_adaptive.report import read_curves
-from lightning_adaptive.triggers import Seen
+from lightning_adaptive.triggers import Projection, Seen, Swats
 from tests.cli import Run, result, runs
 from tests.cpu_strategies import STRATEGIES, ShardableNet
 from tests.pair import Pair
 from tests.support import Net, ValidatedNet, digest, loader, trainer
+from tests.swats import PROBLEMS, WHOLE, Problem, Published, flat
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint")
 
@@ -199,6 +205,359 @@ def test_refuses(build: Any, message: str) -> None:
     with pytest.raises((ValueError, TypeError)) as caught:
         build()
     assert str(caught.value).startswith(message)
+
+
+# SWATS
+
+
+def projections(optimizer: Optimizer) -> dict[str, Projection]:
+    """What each group has done in the last step, summed up as the switch does it."""
+    found, rows = moments.projections(optimizer)
+    columns = dict(zip(found, rows.T.tolist(), strict=True))
+    return {
+        group.get("name", ""): Projection(*np.sum([columns[one] for one in group["params"]], axis=0).tolist(), group["betas"][1])
+        for group in optimizer.param_groups
+    }
+
+
+def asked(
+    problem: Problem, trigger: Swats, optimizer: Optimizer, steps: int = 115, sign: float = 1.0
+) -> tuple[list[dict[str, float]], list[dict[str, Any]]]:
+    """The gammas of torch's steps by group, and what the trigger remembers after each."""
+    tensors = [one for group in optimizer.param_groups for one in group["params"]]
+    gammas, memories = [], [dict[str, Any]()]
+    for k in range(1, steps + 1):
+        optimizer.zero_grad()
+        (sign * problem.loss(tensors, k)).backward()
+        optimizer.step()
+        seen = projections(optimizer)
+        gammas.append({name: one.update / one.along for name, one in seen.items()})
+        memories.append(trigger.observe(memories[-1], Seen(k, CLOCK, projections=seen)))
+    return gammas, memories[1:]
+
+
+def fired_at(memories: Sequence[Mapping[str, Any]]) -> int | None:
+    """The step after which it fired, counted from 1."""
+    return next((step for step, memory in enumerate(memories, start=1) if "fired" in memory), None)
+
+
+PAPER = Swats(criterion="paper", eps=1e-3)
+NEXT_TO_NOTHING = 1e-30
+"""Adam's eps, whose place in the paper is another than in torch."""
+
+VARIANTS: dict[str, tuple[type[Optimizer], dict[str, Any], dict[str, Any]]] = {
+    "plain": (Adam, {"foreach": False}, {}),
+    "foreach": (Adam, {"foreach": True}, {}),
+    "fused": (Adam, {"fused": True}, {}),
+    "tensor lr": (Adam, {"lr": torch.tensor(0.03, dtype=torch.float64)}, {}),
+    "other betas": (Adam, {"betas": (0.8, 0.99)}, {"betas": (0.8, 0.99)}),
+    "amsgrad": (Adam, {"amsgrad": True}, {"amsgrad": True}),
+    "decay": (Adam, {"weight_decay": 0.01}, {"decay": 0.01}),
+    "decay, fused and amsgrad": (
+        Adam,
+        {"weight_decay": 0.01, "fused": True, "amsgrad": True},
+        {"decay": 0.01, "amsgrad": True},
+    ),
+    "decoupled decay": (AdamW, {"weight_decay": 0.1}, {"decay": 0.1, "decoupled": True}),
+    "decoupled decay of Adam": (
+        Adam,
+        {"weight_decay": 0.1, "decoupled_weight_decay": True},
+        {"decay": 0.1, "decoupled": True},
+    ),
+    "maximize": (Adam, {"maximize": True}, {"maximize": True}),
+    "maximize with decay": (Adam, {"maximize": True, "weight_decay": 0.01}, {"maximize": True, "decay": 0.01}),
+}
+
+
+def equals_the_publication(name: str, variant: str, **planted: Any) -> None:
+    problem, (cls, options, theirs) = PROBLEMS[name], VARIANTS[variant]
+    sign = -1.0 if options.get("maximize") else 1.0
+    optimizer = cls(problem.tensors(), **{"lr": 0.03, "eps": NEXT_TO_NOTHING, **options})
+    gammas, memories = asked(problem, PAPER, optimizer, sign=sign)
+    published = Published(lambda w, k: sign * problem.gradient(w, k), problem.start, lr=0.03, **{**theirs, **planted})
+    expected, switched = published.run(115)
+    np.testing.assert_allclose([one[""] for one in gammas], expected[:, 0], rtol=1e-6)
+    assert ([fired_at(memories)] if switched else []) == [step for step, _ in switched]
+    found = PAPER.estimate(memories[-1])
+    assert switched == [] or found == {"": pytest.approx(switched[0][1], rel=1e-6)}
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [*(("quadratic", variant) for variant in VARIANTS), *(("net", variant) for variant in ("plain", "fused", "amsgrad", "decay"))],
+)
+def test_swats_equals_the_publication(name: str, variant: str) -> None:
+    equals_the_publication(name, variant)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_the_publication_switches_on_these_problems(name: str) -> None:
+    problem = PROBLEMS[name]
+    [(step, lr)] = Published(problem.gradient, problem.start, lr=0.03).run(300)[1]
+    assert 10 < step < 200
+    assert lr > 0.1
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="planted: another algorithm than ours")
+@pytest.mark.parametrize(
+    ("variant", "planted"),
+    [
+        ("plain", {"late": 1}),
+        ("plain", {"betas": (0.9, 0.99901)}),
+        ("plain", {"amsgrad": True}),
+        ("decay", {"decay": 0.0}),
+        ("decay", {"decoupled": True}),
+        ("decoupled decay", {"decoupled": False}),
+        ("plain", {"parts": (slice(0, 6),)}),
+    ],
+)
+def test_parity_with_the_publication_sees(variant: str, planted: dict[str, Any]) -> None:
+    equals_the_publication("quadratic", variant, **planted)
+
+
+@pytest.mark.parametrize("per", ["model", "group"])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_groups_of_swats_are_decided_for_together(name: str, per: Any) -> None:
+    """With another learning rate in the second group; the decision of groups comes with the last, at what each found."""
+    problem = PROBLEMS[name]
+    first = len(problem.shapes) // 2
+    size = sum(map(math.prod, problem.shapes[:first]))
+    rest = len(problem.start) - size
+    tensors = problem.tensors()
+    groups = [{"params": tensors[:first], "name": "a"}, {"params": tensors[first:], "name": "b", "lr": 0.01}]
+    trigger = replace(PAPER, per=per)
+    gammas, memories = asked(problem, trigger, Adam(groups, lr=0.03, eps=NEXT_TO_NOTHING), 270)
+    parts = (slice(0, size), slice(size, None))
+    published = Published(problem.gradient, problem.start, lr=np.repeat([0.03, 0.01], [size, rest]))
+    expected, switched = replace(published, parts=parts if per == "group" else (WHOLE,)).run(270)
+    assert len(switched) == (2 if per == "group" else 1)
+    assert fired_at(memories) == max(step for step, _ in switched)
+    names = ["a", "b"] if per == "group" else [""]
+    assert trigger.estimate(memories[-1]) == {
+        name: pytest.approx(lr, rel=1e-6) for name, (_, lr) in zip(names, switched, strict=True)
+    }
+    if per == "group":
+        np.testing.assert_allclose([[one["a"], one["b"]] for one in gammas], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_swats_with_its_handover_ends_with_the_weights_of_the_publication(name: str) -> None:
+    """``v = beta1 v + g, w -= (1 - beta1) L v`` is torch's SGD with the learning rate ``(1 - beta1) L``."""
+    problem = PROBLEMS[name]
+    tensors = problem.tensors()
+    adam = Adam(tensors, lr=0.03, eps=NEXT_TO_NOTHING)
+    published = Published(problem.gradient, problem.start, lr=0.03, stays=False)
+    [(step, lr)] = published.run(200)[1]
+    _, memories = asked(problem, PAPER, adam, step)
+    assert fired_at(memories) == step
+    sgd = SGD(tensors, lr=9.0, momentum=0.9)
+    cross(PRESETS["swats"], adam, sgd, (Group(()),), lambda _, rows: rows, estimate=PAPER.estimate(memories[-1]))
+    assert sgd.param_groups[0]["lr"] == pytest.approx(0.1 * lr, rel=1e-9)
+    for k in range(step + 1, 201):
+        sgd.zero_grad()
+        problem.loss(tensors, k).backward()
+        sgd.step()
+    np.testing.assert_allclose(flat(tensors), published.weights, rtol=1e-6)
+
+
+def looked(trigger: Swats, seen: Sequence[tuple[float, float]], beta2: float = 0.999) -> list[dict[str, Any]]:
+    """What is remembered after each look at sums ``p.p`` and ``-p.g``."""
+    memories = [dict[str, Any]()]
+    for step, (update, along) in enumerate(seen, start=1):
+        one = Seen(step, CLOCK, projections={"": Projection(update, along, beta2)})
+        memories.append(trigger.observe(memories[-1], one))
+    return memories[1:]
+
+
+sums = st.tuples(st.floats(1e-3, 1.0), st.one_of(st.just(0.0), st.floats(-1.0, -1e-3), st.floats(1e-3, 1.0)))
+
+
+@given(st.lists(sums, min_size=1, max_size=25), st.sampled_from([0.5, 0.9, 0.999]), st.floats(1e-3, 1.0))
+def test_the_papers_average_is_a_sum_in_which_zeros_count_as_steps_only(
+    seen: list[tuple[float, float]], beta2: float, eps: float
+) -> None:
+    memories = looked(Swats(criterion="paper", eps=eps), seen, beta2)
+    expected = None
+    for k in range(1, len(seen) + 1):
+        gammas = [update / along for update, along in seen[:k] if along]
+        weighted = sum(gamma * beta2 ** (len(gammas) - 1 - index) for index, gamma in enumerate(gammas))
+        corrected = weighted * (1 - beta2) / (1 - beta2**k)
+        if gammas:
+            assert memories[k - 1]["groups"][""]["average"] == pytest.approx(weighted * (1 - beta2), rel=1e-9, abs=1e-9)
+        if expected is None and k > 1 and seen[k - 1][1] and corrected > 0 and abs(corrected - gammas[-1]) < eps:
+            expected = k
+            assert memories[k - 1]["groups"][""]["settled_at"] == pytest.approx(corrected, rel=1e-9)
+        if expected is not None:
+            break
+    assert fired_at(memories) == expected
+
+
+def test_the_paper_needs_two_looks_and_passes_over_what_is_no_learning_rate() -> None:
+    trigger = Swats(criterion="paper", eps=1e-3)
+    assert fired_at(looked(trigger, [(1.0, 2.0)] * 3)) == 2
+    falling = looked(trigger, [(1.0, -2.0)] * 5)
+    assert fired_at(falling) is None
+    assert falling[-1]["groups"][""]["lr"] == pytest.approx(-0.5)
+    assert trigger.estimate(falling[-1]) == {}
+    assert looked(trigger, [(1.0, 2.0)] * 2)[-1]["fired"] == "the learning rate for SGD has settled, at 0.5"
+
+
+FINITE = [(1.0, 2.0), (1.1, 2.0), (0.9, 2.0), (1.0, 2.1), (1.0, 1.9)]
+
+
+@pytest.mark.parametrize("criterion", ["paper", "relative"])
+@pytest.mark.parametrize("value", [(math.nan, 1.0), (1.0, math.inf), (1.0, -math.inf)])
+def test_a_look_that_is_not_finite_is_passed_over(criterion: Any, value: tuple[float, float]) -> None:
+    trigger = Swats(criterion=criterion, window=2, eps=1e-9)
+    clean = looked(trigger, FINITE)[-1]
+    dirty = looked(trigger, [*FINITE[:2], value, *FINITE[2:], value])[-1]
+    assert dirty == {**clean, "passed_over": 2}
+    assert trigger.passed_over(dirty) == 2
+
+
+def settled(seen: Sequence[tuple[float, float]], window: int, rtol: float, patience: int) -> int | None:
+    """When the relative criterion fires, from its definition: weighted sums over all looks, anew for each."""
+
+    def ratio(looks: int, length: int) -> float:
+        weights = [(1 - 1 / length) ** (looks - 1 - index) for index in range(looks)]
+        update, along = (math.fsum(w * one[part] for w, one in zip(weights, seen, strict=False)) for part in (0, 1))
+        return update / along if along > 0 else math.nan
+
+    agreed = 0
+    for looks in range(1, len(seen) + 1):
+        short, long = ratio(looks, window), ratio(looks, 10 * window)
+        agrees = looks >= 2 * window and abs(long - short) <= rtol * long
+        agreed = agreed + 1 if agrees else 0
+        if agreed == patience:
+            return looks
+    return None
+
+
+@given(st.lists(sums, min_size=1, max_size=30), st.integers(2, 5), st.floats(0.01, 2.0), st.integers(1, 4))
+def test_the_relative_criterion_is_its_definition(seen: list[tuple[float, float]], window: int, rtol: float, patience: int) -> None:
+    trigger = Swats(window=window, rtol=rtol, patience=patience)
+    found = fired_at(looked(trigger, seen))
+    event(f"fires: {found is not None}")
+    assert found == settled(seen, window, rtol, patience)
+
+
+@given(st.integers(2, 40), st.integers(1, 30), st.floats(1e-6, 1e6), st.floats(1e-6, 1e6))
+def test_a_constant_settles_as_early_as_can_be(window: int, patience: int, update: float, along: float) -> None:
+    trigger = Swats(window=window, patience=patience)
+    memories = looked(trigger, [(update, along)] * (2 * window + patience))
+    assert fired_at(memories) == 2 * window + patience - 1
+    assert trigger.estimate(memories[-1]) == {"": pytest.approx(update / along, rel=1e-9)}
+
+
+@pytest.mark.parametrize(("rate", "patience"), [(0.01, 20), (-0.01, 20), (0.002, 150), (-0.002, 150), (0.0004, 1000)])
+def test_what_drifts_never_settles(rate: float, patience: int) -> None:
+    """By a share in each look. At first the two averages are nearly over the same, so a slow drift needs patience to be seen."""
+    trigger = Swats(rtol=0.1, patience=patience)
+    assert fired_at(looked(trigger, [(math.exp(rate * step), 1.0) for step in range(3000)])) is None
+    assert fired_at(looked(trigger, [(math.exp(rate * min(step, 500)), 1.0) for step in range(6000)])) is not None
+
+
+def test_noise_in_what_is_averaged_does_not_keep_it_from_settling() -> None:
+    """``-p.g`` is negative in two of five looks, and the quotient of a single look anything between minus and plus infinity."""
+    random = np.random.default_rng(0)
+    seen = [(1.0, along) for along in random.normal(0.5, 2.0, size=6000)]
+    trigger = Swats(window=200, rtol=0.3)
+    memories = looked(trigger, seen)
+    assert sum(along < 0 for _, along in seen) > 2000
+    assert fired_at(memories) is not None
+    assert trigger.estimate(memories[-1])[""] == pytest.approx(2.0, rel=0.4)
+    assert max(update / along for update, along in seen) > 1000
+
+
+def test_a_group_that_has_settled_stays_so_and_one_that_never_moved_is_not_waited_for() -> None:
+    trigger = Swats(per="group", window=2, patience=1, rtol=0.1)
+    memory: dict[str, Any] = {}
+    for step in range(1, 101):
+        settles_early = Projection(1.0 if step < 12 else float(step), 1.0, 0.999)
+        settles_late = Projection(min(step, 20), 1.0, 0.999)
+        seen = {"early": settles_early, "late": settles_late, "frozen": Projection(0, 0, 0.999)}
+        memory = trigger.observe(memory, Seen(step, CLOCK, projections=seen))
+        if step == 15:
+            assert memory["groups"]["early"]["settled_at"] == pytest.approx(1.0)
+            assert memory["groups"]["early"]["gap"] > 0.1
+            assert list(memory["groups"]) == ["early", "late"]
+    assert trigger.estimate(memory)["early"] == pytest.approx(1.0)
+    assert memory["fired"].startswith("the learning rate for SGD has settled, at early 1, late ")
+    frozen = Seen(1, CLOCK, projections={"frozen": Projection(0, 0, 0.999)})
+    assert "fired" not in trigger.observe({}, frozen), "nothing has settled where nothing moves"
+
+
+@given(
+    st.sampled_from([Swats(window=3, patience=2, rtol=0.5), Swats(criterion="paper", eps=0.1)]),
+    st.sampled_from(["model", "group"]),
+    st.lists(st.tuples(sums, sums), min_size=2, max_size=30),
+    st.data(),
+)
+def test_what_swats_remembers_is_plain_and_enough(trigger: Swats, per: Any, seen: list[Any], data: st.DataObject) -> None:
+    trigger = replace(trigger, per=per)
+
+    def whole(memory: Mapping[str, Any], first: int) -> Mapping[str, Any]:
+        for step, (one, other) in enumerate(seen[first:], start=first + 1):
+            both = {"a": Projection(*one, 0.9), "b": Projection(*other, 0.9)}
+            memory = trigger.observe(memory, Seen(step, CLOCK, projections=both))
+            memories[step] = memory
+        return memory
+
+    memories: dict[int, Mapping[str, Any]] = {}
+    last = whole({}, 0)
+    stop = data.draw(st.integers(1, len(seen) - 1))
+    saved = json.loads(json.dumps(memories[stop]))
+    assert saved == memories[stop]
+    assert whole(saved, stop) == last
+
+
+def test_swats_looks_every_so_many_steps_and_shows_what_it_sees() -> None:
+    trigger = Swats(window=2, patience=1, every_n_steps=5, not_before="10st")
+    memory: dict[str, Any] = {}
+    looks = []
+    for step in range(1, 31):
+        after = trigger.observe(
+            memory, Seen(step, CLOCK, projections={"a": Projection(1.0, 4.0, 0.9), "b": Projection(1.0, 4.0, 0.9)})
+        )
+        looks += [step] if after != memory else []
+        memory = after
+    assert looks == [10, 15, 20, 25], "the fourth of them settles it, and then there is nothing to see"
+    assert trigger.shows(memory) == {"lr": pytest.approx(0.25), "gap": pytest.approx(0.0, abs=1e-12)}
+    assert trigger.observe(memory, Seen(35, CLOCK)) == memory
+    of_groups = replace(trigger, per="group", not_before=None)
+    memory = of_groups.observe({}, Seen(5, CLOCK, projections={"a": Projection(1.0, 4.0, 0.9), "b": Projection(1.0, 2.0, 0.9)}))
+    assert of_groups.shows(memory) == {"a/lr": 0.25, "a/gap": 0.0, "b/lr": 0.5, "b/gap": 0.0}
+    assert AnyOf(of={"swats": trigger}).projecting() == (trigger,)
+
+
+def test_among_others_the_estimate_is_that_of_the_first_that_has_one() -> None:
+    slow, quick = Swats(not_before="50st"), Swats(criterion="paper")
+    both = AllOf(of={"asked": Manual(), "slow": slow, "quick": quick})
+    memory = both.observe({}, Seen(1, CLOCK, projections={"": Projection(1.0, 4.0, 0.9)}))
+    assert both.projecting() == (slow, quick)
+    assert both.estimate(memory) == {"": pytest.approx(0.25)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"criterion": "papers"}, "criterion: 'papers' is not one of relative, paper. Did you mean 'paper'?"),
+        ({"per": "tensor"}, "per: 'tensor' is not one of model, group."),
+        ({"rtol": "0.1"}, "rtol: '0.1' is not a number."),
+        ({"rtol": 0}, "rtol: 0 is no tolerance. Write a number above 0."),
+        ({"eps": math.inf}, "eps: inf is no tolerance. Write a number above 0."),
+        ({"eps": True}, "eps: True is not a number."),
+        ({"eps": math.nan}, "eps: nan is no tolerance. Write a number above 0."),
+        ({"window": 1}, "window: 1 is no number of looks. Write a whole number from 2 on."),
+        ({"patience": 0}, "patience: 0 is no number of looks. Write a whole number from 1 on."),
+        ({"every_n_steps": 2.0}, "every_n_steps: 2.0 is no number of steps. Write a whole number from 1 on."),
+        ({"not_before": 3}, "not_before: 3 has no unit. Write 3ep (epochs), 3st (optimizer steps) or 3% (of training)."),
+    ],
+)
+def test_swats_refuses(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Swats(**options)
+    assert str(caught.value) == message
 
 
 # In runs
