@@ -164,6 +164,16 @@ def is_asked(trainer: Trainer, asked: bool, files: Sequence[str]) -> bool:
     return trainer.strategy.reduce_boolean_decision(asked, all=False)
 
 
+def is_same_everywhere(trainer: Trainer, numbers: Sequence[int | None]) -> bool:
+    """Whether every rank has the same numbers, as many of them; the same answer on every rank."""
+    if trainer.world_size == 1:
+        return True
+    device = trainer.strategy.root_device
+    own = torch.tensor([-1 if number is None else number for number in numbers], dtype=torch.float64, device=device)
+    mean = trainer.strategy.reduce(own.clone(), reduce_op="mean")
+    return trainer.strategy.reduce_boolean_decision(bool((own == mean).all()), all=True)
+
+
 def loss_scale(trainer: Trainer) -> float | None:
     """The factor by which 16-bit mixed precision scales the loss now; ``None`` where it does not. Waits for the device."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)

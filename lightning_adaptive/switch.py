@@ -208,6 +208,7 @@ class OptimizerSwitchCallback(Callback):
         self._moments: tuple[int | None, ...] = ()
         self._asked = False
         self._looked = 0
+        self._guarded_to = 0
         self._trainer_clip_val: float | None = None
         self._stop_reading: Callable[[], None] | None = None
         self._fitting = True
@@ -367,6 +368,8 @@ class OptimizerSwitchCallback(Callback):
                     "not finite. It counts as a step."
                 )
 
+        if trainer.global_step >= self._guarded_to:
+            self._let_loose()
         if self._watching and trainer.global_step != self._looked:
             self._look(trainer, self._watching)
         self._looked = trainer.global_step
@@ -584,8 +587,23 @@ class OptimizerSwitchCallback(Callback):
         if self._saved is not None:
             self._settle(trainer, settings.changes(self._saved.settings, now))
             self._saved = None
+        self._check_agreement(trainer, moments)
         self._moments = tuple(moments)
         self._state = replace(self._state, settings=now)
+
+    def _check_agreement(self, trainer: Trainer, moments: list[int | None]) -> None:
+        """Refuses processes that would switch at different steps, or observe at different ones."""
+        clock, watching = _clock(trainer), [switch.when for switch in self.chain[self.phase :] if switch.when]
+        numbers = [*moments, clock.total_steps, *(trigger.first_step(clock) for trigger in watching)]
+        if any(trigger.monitors() for trigger in watching):
+            numbers.append(clock.steps_per_epoch)
+        if not strategies.is_same_everywhere(trainer, numbers):
+            raise ConfigError(
+                f"the processes have data of different lengths ({clock.steps_per_epoch} steps an epoch on one of them), so they "
+                "would not switch at one step. Let Lightning part the data (true), or set trainer.limit_train_batches to the "
+                "least number of batches.",
+                "trainer.use_distributed_sampler",
+            )
 
     def _settings(self, index: int, optimizer: Optimizer) -> Settings:
         key = _key(index)
@@ -652,7 +670,9 @@ class OptimizerSwitchCallback(Callback):
         except ConfigError as error:
             raise error.within(f"{_key(self.phase)}.when") from None
         self._state = replace(self._state, trigger=after)
-        if trigger.passed_over(after) > trigger.passed_over(before):
+        # Of steps only the first is said: where weights are no longer finite, none of those that follow is.
+        known = trigger.passed_over(before)
+        if trigger.passed_over(after) > known and (metrics is not None or not known):
             what = "A step seen by" if metrics is None else "A metric of"
             rank_zero_warn(f"{what} {trigger} was not finite at step {trainer.global_step}. It is passed over.")
         if self.dry_run:
@@ -754,10 +774,13 @@ class OptimizerSwitchCallback(Callback):
         self._let_loose()
         if self._state.limit is None or not self.phase:
             return
-        last = self.first_step + self.chain[self.phase - 1].handover.guard_steps(_clock(trainer, self.first_step))
-        if trainer.global_step < last:
+        # In global steps, which a step that the scaler skips counts as well: so a resumed run knows where the window ends.
+        steps = self.chain[self.phase - 1].handover.guard_steps(_clock(trainer, self.first_step))
+        self._guarded_to = self.first_step + steps
+        left = self._guarded_to - trainer.global_step
+        if left > 0:
             placement = strategies.placement(trainer, self.optimizer_index)
-            self._guard = Guard(placement.optimizer, self._state.limit, last - trainer.global_step, placement.whole)
+            self._guard = Guard(placement.optimizer, self._state.limit, left, placement.whole)
 
     def _let_loose(self) -> None:
         if self._guard is not None:
@@ -1047,15 +1070,19 @@ def _factor(schedule: Schedule, clock: Clock, since: int) -> float:
 
 
 def _warn_at_foot(running: Optimizer, handover: Handover) -> None:
-    """Says so when a learning rate is handed over that has come down to nearly nothing."""
-    if handover.lr == "own":
+    """Says so when a learning rate, or the length of updates, is handed over that has come down to nearly nothing."""
+    if handover.lr == "own" and handover.guard is None:
         return
     now, base = (max(float(group.get(key, group["lr"])) for group in running.param_groups) for key in ("lr", "initial_lr"))
-    if now < 0.01 * base:
-        rank_zero_warn(
-            f"The learning rate that is handed over is at the foot of its schedule: {class_name(running)} steps with {now:.1e}, "
-            f"and its base is {base:.1e}. The next phase would hardly move. Let the switch come earlier, or write handover.lr=own."
-        )
+    if now >= 0.01 * base:
+        return
+    what, cure = "The learning rate that is handed over is", "lr=own"
+    if handover.lr == "own":
+        what, cure = "The updates to whose length the guard holds the next ones are", "guard=null"
+    rank_zero_warn(
+        f"{what} at the foot of the schedule: {class_name(running)} steps with {now:.1e}, and its base is {base:.1e}. The next "
+        f"phase would hardly move. Let the switch come earlier, or write handover.{cure}."
+    )
 
 
 def _lr_rule(handover: Handover, optimizer: Optimizer) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import importlib
 import itertools
 import logging
 import math
 import os
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -21,9 +23,10 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from torch.optim import SGD, Adam, AdamW
+from lightning.pytorch.plugins import MixedPrecision
+from torch.optim import LBFGS, SGD, Adam, AdamW, RMSprop
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -50,6 +53,7 @@ from lightning_adaptive.triggers import Swats
 from tests.cpu_strategies import STRATEGIES, ShardableNet, whole_weights
 from tests.pair import Pair
 from tests.support import ValidatedNet, counted_steps, dataset, loader, trainer
+from tests.test_resume import SaveOnException
 
 TO_SGD = partial(SGD, lr=0.1, momentum=0.9)
 STEPS_PER_EPOCH, STEPS = 4, 24
@@ -168,12 +172,14 @@ class Case:
         strategy: name in `STRATEGIES`, for two processes; empty for one process.
         net: makes the module.
         options: the trainer's.
+        plugins: makes the trainer's.
     """
 
     switch: Callable[[], Callback]
     strategy: str = ""
     net: Callable[[], LightningModule] = GroupedNet
     options: dict[str, Any] = field(default_factory=dict)
+    plugins: Callable[[], list[Any]] = list
 
 
 def run(case: Case, folder: Path | None = None, path: Path | None = None, extra: Sequence[Callback] = (), seed: int = 1) -> Ended:
@@ -191,6 +197,7 @@ def run(case: Case, folder: Path | None = None, path: Path | None = None, extra:
             "callbacks": [switch, ExactResume(), watch, *extra, *saver],
             "enable_checkpointing": bool(saver),
             "use_distributed_sampler": False,
+            "plugins": case.plugins(),
             **distributed,
             **case.options,
         }
@@ -767,3 +774,340 @@ def test_accumulated_batches_are_seen_as_one() -> None:
     small, large = seen
     assert small.classes == large.classes == ["AdamW"] * 9 + ["SGD"] * 15
     assert [shown["lr"] for shown in small.shown[:8]] == pytest.approx([shown["lr"] for shown in large.shown[:8]], rel=1e-4)
+
+
+# Faults
+
+
+class BrokenNet(GroupedNet):
+    """The loss of one step is not a number; the weights are as if it had not been, but for the optimizer's state."""
+
+    def __init__(self, at_step: int) -> None:
+        super().__init__()
+        self.at_step = at_step
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return loss * math.nan if self.trainer.global_step == self.at_step else loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.nan_to_num_(0.01)
+
+
+def test_momentum_that_is_not_finite_is_zero_with_a_line() -> None:
+    """The loss of the last step before the switch was not a number: nothing of it crosses."""
+    ended = run(Case(partial(switch, "smooth"), net=partial(BrokenNet, 9)))
+    assert [line for line in ended.lines if "SWITCH" in line] == [
+        "SWITCH at step 10 (epoch 2): AdamW lr 1.0e-02/5.0e-03 -> SGD lr 1.0e-01/5.0e-02 (match_orthogonal per tensor), because "
+        "at=10st was reached; constant, configured 5.0e-02..1.0e-01, 4 of 4 learning rates could not be found and are the "
+        "configured ones, weight decay 1.0e-01 -> 1.0e-03 (match), momentum zero, as the running one is not finite, no guard, as "
+        "the last update's norm is nan, freed 5.4 KB"
+    ]
+    assert all(tensor.isfinite().all() for tensor in ended.weights.values())
+
+
+def test_a_first_loss_after_the_switch_that_is_not_finite_does_not_break_the_guard() -> None:
+    """That update is none of the guard's business, and those after it are held again."""
+    broken, sound = run(Case(partial(switch, SMOOTH), net=partial(BrokenNet, 10))), run(Case(partial(switch, SMOOTH)))
+    assert broken.classes == sound.classes
+    assert broken.switches == sound.switches
+
+
+@pytest.mark.parametrize("criterion", [SWATS, PAPER])
+def test_swats_does_not_fire_on_steps_that_are_not_finite_and_says_so_once(criterion: Swats) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ended = run(Case(partial(switch, "swats", None, when=criterion), net=partial(BrokenNet, 3)))
+    assert ended.classes == ["AdamW"] * STEPS
+    said = [str(warning.message) for warning in caught if "finite" in str(warning.message)]
+    assert said == [f"A step seen by {criterion} was not finite at step 4. It is passed over."]
+    assert f"NO SWITCH: training ended at step 24, before when={criterion}." in ended.lines
+
+
+class NeverEnding(Callback):
+    """Takes its time, so that time is over before the steps are."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        time.sleep(0.02)
+
+
+class Stop(Callback):
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step == 7
+
+
+@pytest.mark.parametrize("how", ["early stopping", "time", "a stop"])
+def test_a_training_that_ends_before_its_switch_says_so(how: str) -> None:
+    extra, options = {
+        "early stopping": ([EarlyStopping("val/loss", patience=1)], {}),
+        "time": ([NeverEnding()], {"max_time": {"seconds": 0.2}}),
+        "a stop": ([Stop()], {}),
+    }[how]
+    ended = run(
+        Case(partial(switch, "smooth", "23st", when=OnThreshold(monitor="val/loss", below=-1.0)), "", ScriptedNet, options),
+        extra=extra,
+    )
+    steps = len(ended.classes)
+    assert 0 < steps < 23
+    assert ended.classes == ["AdamW"] * steps
+    told = [line for line in ended.lines if "SWITCH" in line]
+    assert told == [f"NO SWITCH: training ended at step {steps}, before at=23st or when=OnThreshold(monitor=val/loss, below=-1.0)."]
+
+
+def test_a_switch_back() -> None:
+    """Adam begins with SGD's mean gradient, its square, and the matched step."""
+    back = switch("smooth", "14st", optimizer=partial(Adam, lr=0.5))
+    ended = run(Case(partial(switch, "smooth", then=back)))
+    assert ended.classes == ["AdamW"] * 10 + ["SGD"] * 4 + ["Adam"] * 10
+    [_, second] = [line for line in ended.lines if "SWITCH" in line]
+    assert second.startswith("SWITCH at step 14 (epoch 3): SGD lr 2.8e-02/1.0e-02/1.1e-02/2.5e-03 -> Adam lr ")
+    assert "momentum carried, updates held to a norm of " in second
+
+
+DRY = AnyOf(of={"low": LOW, "settled": SWATS, "paper": PAPER, "both": AllOf(of={"low": LOW, "settled": SWATS})})
+
+
+def test_a_dry_run_tells_when_each_of_several_would_have_switched() -> None:
+    dry = run(Case(partial(switch, "smooth", "20st", when=DRY, dry_run=True), net=ScriptedNet))
+    plain = run(Case(Callback, net=ScriptedNet))
+    assert dry.classes == plain.classes == ["AdamW"] * STEPS
+    assert dry.state == plain.state
+    assert all(torch.equal(dry.weights[name], plain.weights[name]) for name in plain.weights)
+    told = [line for line in dry.lines if "DRY RUN" in line]
+    settled = dry.shown[8]["settled/lr"]
+    paper = dry.shown[8]["paper/lr"]
+    assert told == [
+        f"DRY RUN at step 9 (epoch 2): the trigger would switch now, because settled: the learning rate for SGD has settled, at "
+        f"{settled:.4g} and paper: the learning rate for SGD has settled, at {paper:.4g}.",
+        f"DRY RUN at step 9 (epoch 2): settled would switch now, because the learning rate for SGD has settled, at {settled:.4g}.",
+        f"DRY RUN at step 9 (epoch 2): paper would switch now, because the learning rate for SGD has settled, at {paper:.4g}.",
+        f"DRY RUN at step 9 (epoch 2): both.settled would switch now, because the learning rate for SGD has settled, at "
+        f"{settled:.4g}.",
+        "DRY RUN at step 12 (epoch 2): low would switch now, because val/loss is 0.6429, below 0.68.",
+        "DRY RUN at step 12 (epoch 2): both would switch now, because low: val/loss is 0.6429, below 0.68 and settled: the "
+        f"learning rate for SGD has settled, at {settled:.4g}.",
+        "DRY RUN at step 12 (epoch 2): both.low would switch now, because val/loss is 0.6429, below 0.68.",
+        "DRY RUN at step 20 (epoch 5): at would switch now, because at=20st was reached.",
+    ]
+
+
+FOOT = {
+    "lr": (
+        "keep",
+        "The learning rate that is handed over is at the foot of the schedule: AdamW steps with 4.3e-05, and its base is 1.0e-02. "
+        "The next phase would hardly move. Let the switch come earlier, or write handover.lr=own.",
+    ),
+    "guard": (
+        Handover(guard=1.5),
+        "The updates to whose length the guard holds the next ones are at the foot of the schedule: AdamW steps with 4.3e-05, and "
+        "its base is 1.0e-02. The next phase would hardly move. Let the switch come earlier, or write handover.guard=null.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*FOOT, ""])
+def test_what_is_handed_over_at_the_foot_of_a_schedule_is_said(name: str) -> None:
+    handover, message = FOOT.get(name, ("own", None))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(Case(partial(switch, handover, "23st"), net=scheduled))
+    assert [str(warning.message) for warning in caught if "foot" in str(warning.message)] == [message] * bool(name)
+
+
+KNOWN = "needs the gradients' mean, which Adam, AdamW, NAdam, RAdam and SGD keep, and"
+MISTAKES: dict[str, tuple[dict[str, Any], Callable[[], LightningModule], str]] = {
+    "to L-BFGS": (
+        {"handover": "smooth", "optimizer": LBFGS},
+        ShardableNet,
+        f"handover.lr: 'match_orthogonal' {KNOWN} the next one is LBFGS. Write own or keep.",
+    ),
+    "from L-BFGS": (
+        {"handover": "smooth"},
+        partial(attach, ValidatedNet(), optimizer=LBFGS),
+        f"handover.lr: 'match_orthogonal' {KNOWN} the running optimizer is LBFGS. Write own or keep.",
+    ),
+    "momentum to another class": (
+        {"handover": Handover(momentum="carry"), "optimizer": RMSprop},
+        ShardableNet,
+        f"handover.momentum: 'carry' {KNOWN} the next one is RMSprop. Write zero.",
+    ),
+    "guard after another class": (
+        {"handover": Handover(guard=2.0)},
+        partial(attach, ValidatedNet(), optimizer=RMSprop),
+        f"handover.guard: 2.0 {KNOWN} the running optimizer is RMSprop. Write null.",
+    ),
+    "momentum to SGD without": (
+        {"handover": Handover(momentum="carry"), "optimizer": partial(SGD, lr=0.1)},
+        ShardableNet,
+        "handover.momentum: the next one is SGD without momentum, which keeps no mean of the gradients. Give it momentum, or write "
+        "zero.",
+    ),
+    "decay of another class": (
+        {"handover": Handover(weight_decay="match"), "optimizer": RMSprop},
+        ShardableNet,
+        "handover.weight_decay: how RMSprop shrinks weights is not known, only of Adam, AdamW, NAdam, RAdam and SGD. Write own.",
+    ),
+    "an unknown length": (
+        {"handover": Handover(guard=1.0, guard_for="5%"), "at": "10st"},
+        ShardableNet,
+        "handover.guard_for: 5% cannot be counted: the number of training steps is not known. Set trainer.max_steps, or write it "
+        "in steps (st).",
+    ),
+    "SWATS after SGD": (
+        {"handover": "own", "then": switch("swats", None, when=SWATS)},
+        ShardableNet,
+        "then.when: SWATS looks at steps of Adam, AdamW, NAdam or RAdam, and the running optimizer is SGD.",
+    ),
+    "decays of tensors merged": (
+        {"handover": "smooth", "then": switch(Handover(weight_decay="match"), "12st")},
+        GroupedNet,
+        "then.handover.weight_decay: the running phase has a weight decay for each tensor, which groups of several cannot match. "
+        "Write own, or let lr be keep, or matched per tensor.",
+    ),
+    "learning rates of tensors merged": (
+        {"handover": "smooth", "then": switch("keep", "12st", param_groups=ParamGroups())},
+        ShardableNet,
+        "then.handover.lr: the running phase has a learning rate for each tensor, which other groups cannot keep. Write "
+        "param_groups: inherit, or own.",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader` but have no `validation_step`")
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_rule_without_a_meaning_ends_the_run_before_its_first_step(name: str) -> None:
+    options, net, message = MISTAKES[name]
+    endless = {"max_epochs": -1, "max_time": "00:00:10:00"} if name == "an unknown length" else {}
+    with counted_steps() as counts, pytest.raises(ConfigError) as caught:
+        run(Case(partial(switch, **options), net=net, options=endless))
+    assert str(caught.value) == f"switch.{message}"
+    assert counts == {}
+
+
+class ScaledNet(GroupedNet):
+    """Plain or fused Adam; at one step its loss is infinite."""
+
+    def __init__(self, fused: bool = False, at_step: int | None = None) -> None:
+        super().__init__()
+        self.fused = fused
+        self.at_step = at_step
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return loss * math.inf if self.trainer.global_step == self.at_step else loss
+
+    def configure_optimizers(self) -> Any:
+        return Adam(self.parameters(), lr=1e-2, fused=self.fused)
+
+
+def scaling() -> list[Any]:
+    """16-mixed on the CPU, with a scaler that really scales; Lightning's own choice there would be bf16."""
+    return [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=5))]
+
+
+def test_swats_sees_gradients_as_they_were_before_they_were_scaled() -> None:
+    make = partial(switch, "swats", None, when=replace(SWATS, rtol=1e-9))
+    scaled = run(Case(make, net=ScaledNet, plugins=scaling))
+    plain = run(Case(make, net=ScaledNet))
+    assert scaled.classes == plain.classes == ["Adam"] * STEPS
+    assert scaled.shown[5]["lr"] == pytest.approx(plain.shown[5]["lr"], rel=0.02)
+
+
+def test_swats_refuses_a_fused_optimizer_that_unscales_by_itself() -> None:
+    with counted_steps() as counts, pytest.raises(ConfigError) as caught:
+        run(Case(partial(switch, "swats", when=SWATS), net=partial(ScaledNet, True), plugins=scaling))
+    assert str(caught.value) == (
+        "switch.when: a fused Adam unscales gradients by itself under trainer.precision=16-mixed, so they are not seen as it takes "
+        "them. Set its fused to false."
+    )
+    assert counts == {}
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:Detected call of `lr_scheduler.step")
+def test_a_step_within_the_guards_window_that_the_scaler_skips_counts(tmp_path: Path) -> None:
+    """So the window of a run that resumes after it ends where that of the uninterrupted run does."""
+    steps = [11, 13, 15]
+    net = partial(ScaledNet, False, 12)
+    whole, runs = resumed(Case(partial(switch, SMOOTH), net=net, plugins=scaling), tmp_path, steps)
+    assert len(whole.classes) == STEPS
+    assert_resumed(steps, whole, runs)
+
+
+# All or nothing
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize(
+    "part",
+    ["handover._matched", "handover._match_decay", "handover._carry", "handover._update_norm", "switch.build_scheduler"],
+)
+def test_an_error_within_the_handover_leaves_the_old_phase_whole(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(Case(partial(switch, SMOOTH)))
+    broken = switch(SMOOTH)
+    module, _, name = part.partition(".")
+    path = f"lightning_adaptive.{module}.{name}"
+    plain = getattr(importlib.import_module(f"lightning_adaptive.{module}"), name)
+
+    def fails_after(*arguments: Any, **options: Any) -> Any:
+        plain(*arguments, **options)
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(path, fails_after)
+    with pytest.raises(RuntimeError, match="planted"):
+        run(Case(lambda: broken), extra=[SaveOnException(tmp_path / "saved.ckpt")])
+    monkeypatch.undo()
+    assert broken.phase == 0
+    saved = torch.load(tmp_path / "saved.ckpt", weights_only=True)
+    [optimizer] = saved["optimizer_states"]
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer["param_groups"]] == [(0.01, 0.1), (0.005, 0.0)]
+    assert [sorted(state) for state in optimizer["state"].values()] == [["exp_avg", "exp_avg_sq", "step"]] * 4
+    ended = run(Case(partial(switch, SMOOTH)), path=tmp_path / "saved.ckpt", seed=9)
+    assert_resumed([10], whole, [ended])
+
+
+# Data that end at different steps
+
+
+def uneven(make: Callable[[], Callback], options: dict[str, Any]) -> list[str] | str:
+    """Eight batches on rank 0, seven on rank 1."""
+    warnings.simplefilter("ignore")
+    callback = make()
+    watch = Watch(callback)
+    size = 64 if os.environ["RANK"] == "0" else 56
+    runner = trainer(
+        strategy="ddp",
+        devices=2,
+        callbacks=[callback, watch],
+        use_distributed_sampler=False,
+        max_epochs=-1,
+        max_steps=24,
+        **options,
+    )
+    try:
+        runner.fit(GroupedNet(), loader(size), loader())
+    except ConfigError as error:
+        return str(error)
+    return watch.classes
+
+
+@pytest.mark.parametrize("make", [partial(switch, "smooth"), partial(switch, "swats", None, when=SWATS)], ids=["at", "swats"])
+def test_a_decision_at_steps_that_all_share_needs_no_even_data(make: Callable[[], Callback], pair: Pair) -> None:
+    one, other = pair.run(uneven, make, {"limit_val_batches": 0}, timeout=60)
+    assert one == other
+    assert one.index("SGD") > 0
+
+
+@pytest.mark.parametrize(
+    "make", [partial(switch, "smooth", "2ep"), partial(switch, "swats", "20st", when=STANDS)], ids=["epochs", "validations"]
+)
+def test_a_decision_at_steps_that_only_some_make_is_refused(make: Callable[[], Callback], pair: Pair) -> None:
+    assert pair.run(uneven, make, {}, timeout=60) == [
+        f"trainer.use_distributed_sampler: the processes have data of different lengths ({steps} steps an epoch on one of them), "
+        "so they would not switch at one step. Let Lightning part the data (true), or set trainer.limit_train_batches to the least "
+        "number of batches."
+        for steps in (8, 7)
+    ]
