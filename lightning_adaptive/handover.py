@@ -214,7 +214,7 @@ class Handover:
 PRESETS: Mapping[str, Handover] = {
     "own": Handover(),
     "keep": Handover(lr="keep"),
-    "smooth": Handover(lr="match_orthogonal", momentum="carry", weight_decay="match", guard=1.5),
+    "smooth": Handover(lr="match_orthogonal", momentum="carry", weight_decay="match", guard=1.0),
     "swats": Handover(lr="match_projection", per="model"),
 }
 """Handovers by name; ``conf/handover/`` has the same."""
