@@ -91,17 +91,17 @@ class Transformer(nn.Module):
         return self.head(self.norm(self.blocks(self.embed(words) + self.place[: words.shape[1]])))
 
 
-def markov(seed: int) -> Task:
+def markov(seed: int, words: int = 32, batch: int = BATCH) -> Task:
     """A language whose next word depends on the last two, for a small transformer, trained with AdamW."""
     torch.manual_seed(seed)
-    table = torch.distributions.Dirichlet(torch.full((32,), 0.1)).sample((32, 32))
+    table = torch.distributions.Dirichlet(torch.full((words,), 0.1)).sample((words, words))
     evaluation = _sentences(table, 256)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         while True:
-            yield _sentences(table, BATCH)
+            yield _sentences(table, batch)
 
-    return Task(Transformer(), batches(), evaluation, lr=3e-3, weight_decay=0.1)
+    return Task(Transformer(words), batches(), evaluation, lr=3e-3, weight_decay=0.1)
 
 
 TASKS: dict[str, Callable[[int], Task]] = {"digits, MLP": digits_mlp, "digits, CNN": digits_cnn, "Markov text, transformer": markov}
@@ -120,7 +120,7 @@ def _batches(inputs: Tensor, targets: Tensor, seed: int) -> Iterator[tuple[Tenso
 
 
 def _sentences(table: Tensor, count: int, length: int = 32) -> tuple[Tensor, Tensor]:
-    words = [torch.randint(32, (count,)), torch.randint(32, (count,))]
+    words = [torch.randint(len(table), (count,)), torch.randint(len(table), (count,))]
     for _ in range(length - 1):
         words.append(torch.multinomial(table[words[-2], words[-1]], 1).squeeze(1))
     text = torch.stack(words, dim=1)

@@ -24,6 +24,8 @@ Whole = Callable[[Sequence[Tensor], Tensor], Tensor]
 G = TypeVar("G")
 
 _KNOWN = "Adam, AdamW, NAdam, RAdam and SGD"
+_MOST = 100.0
+"""The greatest learning rate for SGD, found for some of the parameters, over that of the whole model."""
 
 
 def _check_factor(option: str, value: Any) -> None:
@@ -50,6 +52,10 @@ class Handover:
     ``eta_orthogonal <= eta_norm <= eta_projection``, since ``C^2 <= A D`` (Cauchy & Schwarz). torch's SGD does not average but adds
     up: on a constant gradient its buffer tends to ``gain = (1 - dampening) / (1 - momentum)`` times it, so its learning rate is
     ``eta / gain``. Between optimizers of one kind the three are the same learning rate.
+
+    A tensor whose gradient is nothing but rounding, such as a bias before a batch norm, is stepped by Adam as far as any other: its
+    ``eta``, a step over a rounding error, is then some 10,000 times that of the rest, and its next rounding error a leap. On the
+    way from Adam to SGD what is found for a tensor or a group is therefore at most 100 times what is found for the whole model.
 
     Args:
         lr: where the next phase's base learning rates come from. ``"own"``: its configuration. ``"keep"``: what each group has
@@ -258,7 +264,7 @@ class Handover:
 PRESETS: Mapping[str, Handover] = {
     "own": Handover(),
     "keep": Handover(lr="keep"),
-    "smooth": Handover(lr="match_orthogonal", momentum="carry", weight_decay="match", guard=1.5),
+    "smooth": Handover(lr="match_orthogonal", momentum="carry", weight_decay="match", guard=1.0),
     "swats": Handover(lr="match_projection", per="model"),
 }
 """Handovers by name; ``conf/handover/`` has the same."""
@@ -438,9 +444,12 @@ def _matched(
     of_model = eta(handover.lr, *_sum(scaled))
     if handover.lr == "match_projection" and handover.per != "tensor":
         of_model = estimate.get("", of_model)
+    bounded = toward == "sgd" and moments.family(running) == "adam"
     found: list[float | None] = []
     for group, one, ratio in zip(following.param_groups, sums, ratios, strict=True):
         rate = None if handover.per == "model" else eta(handover.lr, *one)
+        if rate is not None and of_model is not None and bounded:
+            rate = min(rate, _MOST * of_model * (ratio if inherits else 1.0))
         if handover.lr == "match_projection" and handover.per == "group":
             rate = estimate.get(group.get("name", ""), rate)
         times = ratio if rate is None or not inherits else 1.0
