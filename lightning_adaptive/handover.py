@@ -318,7 +318,7 @@ def cross(
     notes: list[str] = []
     rates: list[float | None]
     if handover.matches:
-        rates = _matched(handover, look, following, partition, inherits, estimate or {})
+        rates = _matched(handover, running, look, following, partition, inherits, estimate or {})
     elif handover.lr == "keep":
         rates = [
             _kept(group, groups, 1.0 if inherits else one.lr_ratio) for group, one in _zipped(following.param_groups, partition)
@@ -427,6 +427,7 @@ class Guard:
 
 def _matched(
     handover: Handover,
+    running: Optimizer,
     look: Callable[[moments.Family], Mapping[Tensor, Sequence[float]]],
     following: Optimizer,
     partition: Partition,
