@@ -236,7 +236,7 @@ LINES = {
     "keep": "SGD lr 1.0e-02/5.0e-03 (keep), because at=10st was reached; constant, momentum zero, configured 5.0e-02..1.0e-01, "
     "freed 5.4 KB",
     "smooth": "SGD lr 2.8e-02/1.0e-02/1.1e-02/2.5e-03 (match_orthogonal per tensor), because at=10st was reached; constant, "
-    "configured 5.0e-02..1.0e-01, weight decay 1.0e-01 -> 3.6e-03..9.6e-03 (match), momentum carried, updates held to a "
+    "configured 5.0e-02..1.0e-01, weight decay 0.0e+00..1.0e-01 -> 0.0e+00..9.6e-03 (match), momentum carried, updates held to a "
     "norm of 0.16 for 100st, freed 5.4 KB",
     "swats": "SGD lr 2.7e-02/1.3e-02 (match_projection per model), because at=10st was reached; constant, momentum zero, "
     "configured 5.0e-02..1.0e-01, freed 5.4 KB",
@@ -802,8 +802,8 @@ def test_momentum_that_is_not_finite_is_zero_with_a_line() -> None:
     assert [line for line in ended.lines if "SWITCH" in line] == [
         "SWITCH at step 10 (epoch 2): AdamW lr 1.0e-02/5.0e-03 -> SGD lr 1.0e-01/5.0e-02 (match_orthogonal per tensor), because "
         "at=10st was reached; constant, configured 5.0e-02..1.0e-01, 4 of 4 learning rates could not be found and are the "
-        "configured ones, weight decay 1.0e-01 -> 1.0e-03 (match), momentum zero, as the running one is not finite, no guard, as "
-        "the last update's norm is nan, freed 5.4 KB"
+        "configured ones, weight decay 0.0e+00..1.0e-01 -> 0.0e+00..1.0e-03 (match), momentum zero, as the running one is "
+        "not finite, no guard, as the last update's norm is nan, freed 5.4 KB"
     ]
     assert all(tensor.isfinite().all() for tensor in ended.weights.values())
 
