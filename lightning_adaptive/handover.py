@@ -131,6 +131,14 @@ class Handover:
         """Whether something depends on the running optimizer's state."""
         return self.matches or self.momentum == "carry" or self.guard is not None
 
+    @property
+    def found(self) -> tuple[Literal["lr", "weight_decay"], ...]:
+        """Options of the next optimizer's groups that the switch finds, where no rule gives them."""
+        return (
+            *(("lr",) if self.lr != "own" or self.scale != 1 else ()),
+            *(("weight_decay",) if self.weight_decay == "match" else ()),
+        )
+
     def configured(self, options: Sequence[Mapping[str, Any]], partition: Partition) -> list[dict[str, Any]]:
         """Of the options of a phase's groups those that its configuration holds, and that were not found at the switch.
 
@@ -138,14 +146,9 @@ class Handover:
             options: the options of each group.
             partition: the groups.
         """
-        found: list[Literal["lr", "weight_decay"]] = []
-        if self.lr != "own" or self.scale != 1:
-            found.append("lr")
-        if self.weight_decay == "match":
-            found.append("weight_decay")
         kept = []
         for group, recorded in _zipped(options, partition):
-            names = [prefix + name for name in found if not is_given(recorded, name) for prefix in ("", "initial_")]
+            names = [prefix + name for name in self.found if not is_given(recorded, name) for prefix in ("", "initial_")]
             kept.append({name: value for name, value in group.items() if name not in names})
         return kept
 
@@ -520,11 +523,13 @@ def _match_decay(
     old, new = [], []
     for group, recorded in _zipped(following.param_groups, partition):
         source = next((groups[tensor] for tensor in group["params"] if tensor in groups), None)
-        if source is None or is_given(recorded, "weight_decay"):
+        if source is None:
             continue
         decay = float(source["weight_decay"])
         lr = float(group["lr"]) * (factor or 1.0)
-        if {before, after} == {"decoupled", "gradient"} and lr > 0:
+        if is_given(recorded, "weight_decay"):
+            decay = float(group["weight_decay"])
+        elif {before, after} == {"decoupled", "gradient"} and lr > 0:
             decay *= float(source["lr"]) * moments.gain(source) / (lr * moments.gain(group))
         old.append(float(source["weight_decay"]))
         new.append(decay)

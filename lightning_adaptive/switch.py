@@ -384,6 +384,15 @@ class OptimizerSwitchCallback(Callback):
             switch = self.chain[self.phase]
             rank_zero_info(f"NO SWITCH: training ended at step {trainer.global_step}, before {switch._words()}.")
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning then calls no hook of training at all, and ends as if all were well.
+        if self.enabled and 0 in (trainer.limit_train_batches, trainer.num_training_batches):
+            raise ConfigError(
+                "there is not one training batch, so the switch is never reached. Check trainer.limit_train_batches, and whether "
+                "the data fill a batch where drop_last is true.",
+                "switch",
+            )
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._let_go(trainer)
 

@@ -51,9 +51,11 @@ from lightning_adaptive.report import RunReport, read_curves
 from lightning_adaptive.strategies import running_optimizer
 from lightning_adaptive.triggers import Swats
 from tests.cpu_strategies import STRATEGIES, ShardableNet, whole_weights
+from tests.exactness import SaveAtEachMoment
 from tests.pair import Pair
 from tests.support import ValidatedNet, counted_steps, dataset, loader, trainer
 from tests.test_resume import SaveOnException
+from tests.test_switch import TwoOptimizers
 
 TO_SGD = partial(SGD, lr=0.1, momentum=0.9)
 STEPS_PER_EPOCH, STEPS = 4, 24
@@ -236,7 +238,7 @@ LINES = {
     "keep": "SGD lr 1.0e-02/5.0e-03 (keep), because at=10st was reached; constant, momentum zero, configured 5.0e-02..1.0e-01, "
     "freed 5.4 KB",
     "smooth": "SGD lr 2.8e-02/1.0e-02/1.1e-02/2.5e-03 (match_orthogonal per tensor), because at=10st was reached; constant, "
-    "configured 5.0e-02..1.0e-01, weight decay 1.0e-01 -> 3.6e-03..9.6e-03 (match), momentum carried, updates held to a "
+    "configured 5.0e-02..1.0e-01, weight decay 0.0e+00..1.0e-01 -> 0.0e+00..9.6e-03 (match), momentum carried, updates held to a "
     "norm of 0.16 for 100st, freed 5.4 KB",
     "swats": "SGD lr 2.7e-02/1.3e-02 (match_projection per model), because at=10st was reached; constant, momentum zero, "
     "configured 5.0e-02..1.0e-01, freed 5.4 KB",
@@ -802,8 +804,8 @@ def test_momentum_that_is_not_finite_is_zero_with_a_line() -> None:
     assert [line for line in ended.lines if "SWITCH" in line] == [
         "SWITCH at step 10 (epoch 2): AdamW lr 1.0e-02/5.0e-03 -> SGD lr 1.0e-01/5.0e-02 (match_orthogonal per tensor), because "
         "at=10st was reached; constant, configured 5.0e-02..1.0e-01, 4 of 4 learning rates could not be found and are the "
-        "configured ones, weight decay 1.0e-01 -> 1.0e-03 (match), momentum zero, as the running one is not finite, no guard, as "
-        "the last update's norm is nan, freed 5.4 KB"
+        "configured ones, weight decay 0.0e+00..1.0e-01 -> 0.0e+00..1.0e-03 (match), momentum zero, as the running one is "
+        "not finite, no guard, as the last update's norm is nan, freed 5.4 KB"
     ]
     assert all(tensor.isfinite().all() for tensor in ended.weights.values())
 
@@ -1067,6 +1069,81 @@ def test_an_error_within_the_handover_leaves_the_old_phase_whole(
     assert [sorted(state) for state in optimizer["state"].values()] == [["exp_avg", "exp_avg_sq", "step"]] * 4
     ended = run(Case(partial(switch, SMOOTH)), path=tmp_path / "saved.ckpt", seed=9)
     assert_resumed([10], whole, [ended])
+
+
+# Data that never come, validations that seldom do
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `.*` across ranks is zero", "ignore:`.*` returned 0 length")
+@pytest.mark.parametrize("how", ["limit", "drop_last"])
+def test_a_training_without_a_batch_is_an_error(how: str) -> None:
+    batches = loader() if how == "limit" else DataLoader(dataset(4), batch_size=8, drop_last=True)
+    runner = trainer(max_epochs=2, callbacks=[switch("smooth")], **({"limit_train_batches": 0} if how == "limit" else {}))
+    with counted_steps() as counts, pytest.raises(ConfigError) as caught:
+        runner.fit(ScriptedNet(), batches, loader())
+    assert str(caught.value) == (
+        "switch: there is not one training batch, so the switch is never reached. Check trainer.limit_train_batches, and whether "
+        "the data fill a batch where drop_last is true."
+    )
+    assert counts == {}
+
+
+def test_patience_counts_validations_and_not_epochs() -> None:
+    """Validated every other epoch, it is 0.5, 0.7 and 0.1 that are seen."""
+    trigger = OnThreshold(monitor="val/loss", above=0.65)
+    ended = run(Case(partial(switch, "keep", None, when=trigger), "", ScriptedNet, {"check_val_every_n_epoch": 2}))
+    assert ended.classes.index("SGD") == 16
+    patient = OnPlateau(monitor="val/loss", patience=1)
+    ended = run(Case(partial(switch, "keep", "23st", when=patient), "", ScriptedNet, {"check_val_every_n_epoch": 2}))
+    assert ended.classes.index("SGD") == 23
+
+
+@pytest.mark.filterwarnings(
+    "ignore:You passed in a `val_dataloader` but have no", "ignore:You defined a `validation_step` but have no"
+)
+@pytest.mark.parametrize("missing", ["data", "step"])
+def test_a_metric_that_no_validation_gives_is_refused_beside_swats(missing: str) -> None:
+    trigger = AnyOf(of={"stands": OnPlateau(monitor="val/loss", patience=1), "settled": SWATS})
+    runner = trainer(max_epochs=6, callbacks=[switch("smooth", None, when=trigger)])
+    arguments = (GroupedNet(), loader()) if missing == "data" else (ShardableNet(), loader(), loader())
+    with counted_steps() as counts, pytest.raises(ConfigError) as caught:
+        runner.fit(*arguments)
+    assert str(caught.value) == (
+        f"switch.when: {trigger} looks at a metric after each validation, and this training has none: a module with "
+        "validation_step, validation data and limit_val_batches above 0 are needed."
+    )
+    assert counts == {}
+
+
+# Manual optimization
+
+
+def manual(folder: Path | None, path: Path | None) -> tuple[dict[str, torch.Tensor], list[list[float]], dict[str, int]]:
+    callback = OptimizerSwitchCallback("20st", TO_SGD, handover=SMOOTH, optimizer_index=1, scheduler=Cosine(length="60st"))
+    saver = [] if folder is None else [SaveAtEachMoment(folder)]
+    lrs: list[list[float]] = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            lrs.append([group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups])
+
+    runner = trainer(max_epochs=3, callbacks=[callback, ExactResume(), Look(), *saver])
+    model = TwoOptimizers()
+    with counted_steps() as counts:
+        runner.fit(model, loader(), ckpt_path=path, weights_only=True)
+    return whole_weights(runner), lrs, dict(counts)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_one_of_several_optimizers_hands_over_and_resumes_within_the_guards_window(tmp_path: Path) -> None:
+    """The window of six steps holds three of this optimizer's updates, since steps of both count."""
+    weights, lrs, counts = manual(tmp_path, None)
+    assert counts == {"Adam": 20 + 14, "SGD": 14}
+    assert len(lrs[-1]) == 3  # Adam's one group, and a group for each of the two tensors
+    for step in (18, 20, 22, 24, 26, 30):
+        resumed_weights, resumed_lrs, _ = manual(None, tmp_path / f"{step:03d}-batch.ckpt")
+        assert resumed_lrs == lrs[step // 2 :], step
+        assert all(torch.equal(resumed_weights[name], tensor) for name, tensor in weights.items()), step
 
 
 # Data that end at different steps
