@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from lightning_adaptive.handover import Handover as Handover
     from lightning_adaptive.hooks import attach as attach
     from lightning_adaptive.hooks import configure_optimizers as configure_optimizers
+    from lightning_adaptive.noise import GradientNoiseMonitor as GradientNoiseMonitor
+    from lightning_adaptive.noise import GradientNoiseScale as GradientNoiseScale
     from lightning_adaptive.param_groups import Inherit as Inherit
     from lightning_adaptive.param_groups import LayerDecay as LayerDecay
     from lightning_adaptive.param_groups import MupLike as MupLike
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from lightning_adaptive.triggers import AllOf as AllOf
     from lightning_adaptive.triggers import AnyOf as AnyOf
     from lightning_adaptive.triggers import Manual as Manual
+    from lightning_adaptive.triggers import OnNoise as OnNoise
     from lightning_adaptive.triggers import OnPlateau as OnPlateau
     from lightning_adaptive.triggers import OnThreshold as OnThreshold
     from lightning_adaptive.triggers import Swats as Swats
@@ -70,6 +73,8 @@ _HOMES = {
     "Duration": "durations",
     "ExactResume": "exact_resume",
     "Exponential": "curves",
+    "GradientNoiseMonitor": "noise",
+    "GradientNoiseScale": "noise",
     "Handover": "handover",
     "Inherit": "param_groups",
     "InverseSqrt": "curves",
@@ -78,6 +83,7 @@ _HOMES = {
     "Manual": "triggers",
     "MultiStep": "curves",
     "MupLike": "param_groups",
+    "OnNoise": "triggers",
     "OnPlateau": "triggers",
     "OnThreshold": "triggers",
     "OneCycle": "curves",

@@ -24,6 +24,7 @@ from lightning_adaptive.durations import Clock, Duration, DurationLike
 from lightning_adaptive.errors import CheckpointError, ConfigError, ConfigTypeError, check_factory
 from lightning_adaptive.handover import Crossed, Guard, Handover
 from lightning_adaptive.lr_schedulers import ScheduleLR, SchedulerConfig, SchedulerFactory, build_scheduler, describe_schedule
+from lightning_adaptive.noise import GradientNoiseMonitor
 from lightning_adaptive.param_groups import Group, Inherit, ParamGroups, Partition, extend, members, named_tensors, split
 from lightning_adaptive.phases import OptimizerFactory, Phase
 from lightning_adaptive.schedules import Continue, Plateau, Schedule
@@ -377,7 +378,7 @@ class OptimizerSwitchCallback(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         names = self._watching.monitors() if self._watching else ()
         if names and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._observe(trainer, metrics=strategies.agreed_metrics(trainer, names))
+            self._observe(trainer, Seen(trainer.global_step, _clock(trainer), strategies.agreed_metrics(trainer, names)))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._moments and not self.dry_run:
@@ -642,13 +643,18 @@ class OptimizerSwitchCallback(Callback):
     def _look(self, trainer: Trainer, trigger: Trigger) -> None:
         """What a trigger sees after a step, in those steps in which it looks."""
         step, manual = trainer.global_step, trigger.manual()
-        asked, projections = False, None
+        seen = Seen(step, _clock(trainer))
         if any(step % one.every_n_steps == 0 for one in manual):
             asked, self._asked = strategies.is_asked(trainer, self._asked, [one.file for one in manual]), False
-        if any(step % one.every_n_steps == 0 for one in trigger.projecting()) and step >= trigger.first_step(_clock(trainer)):
-            projections = self._projections(trainer)
-        if asked or projections is not None:
-            self._observe(trainer, asked=asked, projections=projections)
+            seen = replace(seen, asked=asked)
+        if step >= trigger.first_step(seen.clock):
+            if any(step % one.every_n_steps == 0 for one in trigger.projecting()):
+                seen = replace(seen, projections=self._projections(trainer))
+            monitor = _noise_monitor(trainer)
+            if monitor is not None and any(step % one.every_n_steps == 0 for one in trigger.noise()):
+                seen = replace(seen, noise=monitor.values())
+        if seen.asked or seen.projections is not None or seen.noise is not None:
+            self._observe(trainer, seen)
 
     def _projections(self, trainer: Trainer) -> dict[str, Projection]:
         """What the last step has done, by group. The one place of it that waits for the device."""
@@ -664,30 +670,24 @@ class OptimizerSwitchCallback(Callback):
             found[name] = Projection(update, along, float(group["betas"][1]), lrs[index])
         return found
 
-    def _observe(
-        self,
-        trainer: Trainer,
-        metrics: Mapping[str, float] | None = None,
-        asked: bool = False,
-        projections: Mapping[str, Projection] | None = None,
-    ) -> None:
+    def _observe(self, trainer: Trainer, seen: Seen) -> None:
         """Lets the trigger see something, which is the same on every rank, and so is what it remembers."""
         trigger, before = self._watching, self._state.trigger
         assert trigger is not None
         try:
-            after = trigger.observe(before, Seen(trainer.global_step, _clock(trainer), metrics, asked, projections))
+            after = trigger.observe(before, seen)
         except ConfigError as error:
             raise error.within(f"{_key(self.phase)}.when") from None
         self._state = replace(self._state, trigger=after)
         # Of steps only the first is said: where weights are no longer finite, none of those that follow is.
         known = trigger.passed_over(before)
-        if trigger.passed_over(after) > known and (metrics is not None or not known):
-            what = "A step seen by" if metrics is None else "A metric of"
-            rank_zero_warn(f"{what} {trigger} was not finite at step {trainer.global_step}. It is passed over.")
+        if trigger.passed_over(after) > known and (seen.metrics is not None or not known):
+            what = "A step seen by" if seen.metrics is None else "A metric of"
+            rank_zero_warn(f"{what} {trigger} was not finite at step {seen.step}. It is passed over.")
         if self.dry_run:
             told = trigger.reasons(before)
             self._tell(trainer, {name: reason for name, reason in trigger.reasons(after).items() if name not in told})
-        if metrics is not None or (projections and trainer.global_step % trainer.log_every_n_steps == 0):  # type: ignore[attr-defined]
+        if seen.metrics is not None or (seen.projections and seen.step % trainer.log_every_n_steps == 0):  # type: ignore[attr-defined]
             shown = trigger.shows(after)
             self._log(trainer, {f"switch/{name}": value for name, value in shown.items()})
 
@@ -709,6 +709,12 @@ class OptimizerSwitchCallback(Callback):
                 raise ConfigError(
                     f"{switch.when} looks at a metric after each validation, and this training has none: a module with "
                     "validation_step, validation data and limit_val_batches above 0 are needed.",
+                    key,
+                )
+            if switch.when.noise() and _noise_monitor(trainer) is None:
+                raise ConfigError(
+                    "OnNoise reads what GradientNoiseMonitor measures, which is not among the callbacks. Add it: callbacks=noise, or "
+                    "GradientNoiseMonitor() in Python.",
                     key,
                 )
             try:
@@ -818,11 +824,7 @@ class OptimizerSwitchCallback(Callback):
         self._log(trainer, {"phase": self.phase})
 
     def _log(self, trainer: Trainer, values: dict[str, float]) -> None:
-        for logger in trainer.loggers:
-            try:
-                logger.log_metrics(values, step=trainer.global_step)
-            except Exception as error:  # noqa: BLE001 - a logger may raise anything; a training of a week goes on
-                rank_zero_warn(f"{type(logger).__name__} could not log {', '.join(values)}: {error!r}. Training goes on.")
+        strategies.log_metrics(trainer, values, trainer.global_step)
 
     # Resume and end
 
@@ -1041,6 +1043,11 @@ def _impose_options(placement: strategies.Plain, options: list[dict[str, Any]]) 
 def _default_if_empty(value: Any, default: Any) -> Any:
     """A slot that a configuration left empty (``{}`` or ``null``) means its default."""
     return default if value is None or (isinstance(value, Mapping) and not value) else value
+
+
+def _noise_monitor(trainer: Trainer) -> GradientNoiseMonitor | None:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, GradientNoiseMonitor)), None)
 
 
 def _refuse_weight_averaging(trainer: Trainer) -> None:

@@ -46,6 +46,7 @@ class Seen:
         metrics: what the module has logged, after a validation; ``None`` at other times.
         asked: whether a person has asked for the switch.
         projections: after a step, what it has done, by name of the group; ``None`` at other times.
+        noise: after a step, what `GradientNoiseMonitor` has measured, by its names, if anything; ``None`` at other times.
     """
 
     step: int
@@ -53,6 +54,7 @@ class Seen:
     metrics: Mapping[str, float] | None = None
     asked: bool = False
     projections: Mapping[str, Projection] | None = None
+    noise: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +112,10 @@ class Trigger(ABC):
 
     def projecting(self) -> tuple[Swats, ...]:
         """What looks at the steps of the running optimizer."""
+        return ()
+
+    def noise(self) -> tuple[OnNoise, ...]:
+        """What looks at the gradient noise."""
         return ()
 
     @abstractmethod
@@ -256,12 +262,7 @@ class OnThreshold(OnMetric):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.above is None) == (self.below is None):
-            raise ConfigError("a threshold is either above or below a value. Give one of the two.", "above")
-        option, value = ("above", self.above) if self.below is None else ("below", self.below)
-        _check_number(option, value)
-        if not math.isfinite(float(value)):  # type: ignore[arg-type] # one of them is a number
-            raise ConfigError(f"{value!r} is never passed. Write a finite number.", option)
+        _check_threshold(self.above, self.below)
 
     def _look(self, memory: dict[str, Any], value: float) -> dict[str, Any]:
         if self.above is not None and value > self.above:
@@ -428,6 +429,56 @@ def _joined(projections: Iterable[Projection]) -> Projection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OnNoise(Trigger):
+    """Fires when the gradient noise scale has been above or below a value for some looks in a row.
+
+    It reads the averages of a `GradientNoiseMonitor` among the callbacks, which says where they can be had. The noise scale
+    ``tr(Sigma) / |G|^2`` is in samples: in a batch of that size noise and gradient are as long as each other.
+
+    Args:
+        above: fires when the noise scale is greater; ``None`` for no such value.
+        below: fires when it is less. One of the two is given.
+        of: what the value is counted in: ``batch``, the samples that a step is made of, or ``samples``.
+        patience: number of looks in a row, at least 1. A look that sees no number begins anew.
+        every_n_steps: steps from one look to the next, each of which waits for the device; a multiple of the monitor's.
+    """
+
+    above: float | None = None
+    below: float | None = None
+    of: Literal["batch", "samples"] = "batch"
+    patience: int = 5
+    every_n_steps: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_threshold(self.above, self.below)
+        if self.of not in ("batch", "samples"):
+            raise ConfigError(f"{self.of!r} is not one of batch, samples.{did_you_mean(str(self.of), ('batch', 'samples'))}", "of")
+        _check_count("patience", self.patience)
+        _check_count("every_n_steps", self.every_n_steps)
+
+    def noise(self) -> tuple[OnNoise, ...]:
+        return (self,)
+
+    def _observe(self, memory: Memory, seen: Seen) -> dict[str, Any]:
+        if not seen.noise or seen.step % self.every_n_steps or "fired" in memory:
+            return dict(memory)
+        scale, batch = seen.noise["noise/scale"], seen.noise["noise/batch"]
+        value = scale / batch if self.of == "batch" else scale
+        passed = value > self.above if self.above is not None else value < self.below  # type: ignore[operator] # one is given
+        held = memory.get("held", 0) + 1 if passed else 0
+        after = {**memory, "scale": scale, "batch": batch, "held": held}
+        if held < self.patience:
+            return after
+        limit = f"above {self.above:g}" if self.above is not None else f"below {self.below:g}"
+        words = f"the gradient noise scale is {scale:.4g} samples, {scale / batch:.3g} batches of {batch:g}, {limit} {self.of}"
+        return {**after, "fired": f"{words} for {held} looks"}
+
+    def shows(self, memory: Memory) -> dict[str, float]:
+        return {name: memory[name] for name in ("scale", "batch") if name in memory}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Combined(Trigger):
     """Several triggers by name. Each keeps what it has seen, and stays fired once it has.
 
@@ -463,6 +514,9 @@ class Combined(Trigger):
 
     def projecting(self) -> tuple[Swats, ...]:
         return tuple(found for _, trigger in self.members() for found in trigger.projecting())
+
+    def noise(self) -> tuple[OnNoise, ...]:
+        return tuple(found for _, trigger in self.members() for found in trigger.noise())
 
     def estimate(self, memory: Memory) -> dict[str, float]:
         of = memory.get("of", {})
@@ -522,6 +576,15 @@ class AllOf(Combined):
 
     def _is_enough(self, fired: Mapping[str, str]) -> bool:
         return len(fired) == len(self.of)
+
+
+def _check_threshold(above: Any, below: Any) -> None:
+    if (above is None) == (below is None):
+        raise ConfigError("a threshold is either above or below a value. Give one of the two.", "above")
+    option, value = ("above", above) if below is None else ("below", below)
+    _check_number(option, value)
+    if not math.isfinite(float(value)):
+        raise ConfigError(f"{value!r} is never passed. Write a finite number.", option)
 
 
 def _check_count(option: str, value: Any, least: int = 1, of: str = "steps") -> None:

@@ -28,17 +28,17 @@ from tests.support import ROOT, Net, ValidatedNet, counted_steps, loader, traine
 
 COUNTS = {
     "conf": 1,
-    "conf/callbacks": 2,
+    "conf/callbacks": 3,
     "conf/handover": 4,
     "conf/hydra/help": 1,
     "conf/logger": 5,
     "conf/optimizer": 13,
     "conf/param_groups": 7,
     "conf/scheduler": 19,
-    "conf/switch": 9,
+    "conf/switch": 10,
     "conf/task": 1,
     "conf/trainer": 9,
-    "conf/trigger": 6,
+    "conf/trigger": 7,
     "recipes": 10,
 }
 """How many files each folder holds. A new file is entered here, and is then checked by everything below."""
@@ -187,8 +187,8 @@ def dotted(mapping: dict[str, Any], prefix: str = "") -> Iterator[str]:
 # Objects and their first steps
 
 
-def fit(module: Net, steps: int, *callbacks: Any) -> Trainer:
-    running = trainer(max_steps=steps, callbacks=list(callbacks))
+def fit(module: Net, steps: int, *callbacks: Any, **options: Any) -> Trainer:
+    running = trainer(max_steps=steps, callbacks=list(callbacks), **options)
     running.fit(module, loader(), *([loader()] if isinstance(module, ValidatedNet) else []))
     assert running.global_step == steps
     return running
@@ -401,6 +401,7 @@ TRIGGERS = {
     "manual": (["every_n_steps=1"], "Manual(every_n_steps=1)"),
     "any": ([], "AnyOf(standstill: OnPlateau(monitor=val/loss), asked: Manual())"),
     "swats": (["criterion=paper", "eps=1e-3"], "Swats(criterion=paper, eps=0.001)"),
+    "noise": (["above=2"], "OnNoise(above=2)"),
     "all": (["of.standstill.patience=5"], "AllOf(standstill: OnPlateau(monitor=val/loss, patience=5), asked: Manual())"),
 }
 """What is changed of each trigger, and what it is then."""
@@ -434,6 +435,7 @@ def test_a_handover_builds_and_is_used(name: str, composed: Any) -> None:
 
 
 SWITCHES: dict[str, tuple[list[str], list[str]]] = {
+    "noise": ([], ["Adam", "SGD"]),
     "none": ([], ["Adam", "Adam"]),
     "adam_to_sgd": ([], ["Adam", "SGD"]),
     "adamw_to_sgd": (["optimizer=adamw"], ["AdamW", "SGD"]),
@@ -453,7 +455,9 @@ def test_a_switch_takes_a_step_on_either_side(name: str, composed: Any) -> None:
     whole = composed(f"switch={name}", "switch.at=1st", *overrides)
     switch = config.switch(whole.switch)
     with counted_steps() as counts:
-        fit(attach(ValidatedNet(), optimizer=whole.optimizer), len(steppers), switch)
+        module = attach(ValidatedNet(), optimizer=whole.optimizer)
+        # The noise shows between the gradients of a step.
+        fit(module, len(steppers), switch, lightning_adaptive.GradientNoiseMonitor(), accumulate_grad_batches=2)
     assert counts == Counter(steppers)
     assert str(switch) == str(instantiate(whole.switch))
 
