@@ -713,8 +713,8 @@ class OptimizerSwitchCallback(Callback):
                 )
             if switch.when.noise() and _noise_monitor(trainer) is None:
                 raise ConfigError(
-                    "OnNoise reads what GradientNoiseMonitor measures, which is not among the callbacks. Add it: callbacks=noise, or "
-                    "GradientNoiseMonitor() in Python.",
+                    "OnNoise reads what GradientNoiseMonitor measures, which is not among the callbacks. Add it: callbacks=noise, "
+                    "or GradientNoiseMonitor() in Python.",
                     key,
                 )
             try:

@@ -457,7 +457,8 @@ def test_a_switch_takes_a_step_on_either_side(name: str, composed: Any) -> None:
     with counted_steps() as counts:
         module = attach(ValidatedNet(), optimizer=whole.optimizer)
         # The noise shows between the gradients of a step.
-        fit(module, len(steppers), switch, lightning_adaptive.GradientNoiseMonitor(), accumulate_grad_batches=2)
+        noise = [lightning_adaptive.GradientNoiseMonitor()] if name == "noise" else []
+        fit(module, len(steppers), switch, *noise, accumulate_grad_batches=2 if noise else 1)
     assert counts == Counter(steppers)
     assert str(switch) == str(instantiate(whole.switch))
 
@@ -507,7 +508,8 @@ def test_a_logger_builds_or_says_which_package_it_needs(name: str, composed: Any
 @pytest.mark.parametrize("name", names("callbacks"))
 def test_callbacks_build(name: str, composed: Any) -> None:
     built = [type(callback).__name__ for callback in config.callbacks(composed(f"callbacks={name}").callbacks)]
-    assert built == {"default": ["ModelCheckpoint", "ModelCheckpoint", "ExactResume", "LearningRateMonitor"], "none": []}[name]
+    default = ["ModelCheckpoint", "ModelCheckpoint", "ExactResume", "LearningRateMonitor"]
+    assert built == {"default": default, "noise": [*default, "GradientNoiseMonitor"], "none": []}[name]
 
 
 @pytest.mark.parametrize("name", names("task"))
