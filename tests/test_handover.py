@@ -278,6 +278,7 @@ def test_own_keep_and_scale() -> None:
     case = Case(running, Handover(lr="keep"))
     following = case.follow(SGD, lr=torch.tensor(7.0))
     assert [group["lr"] for group in following.param_groups] == [torch.tensor(0.01), torch.tensor(0.5)]
+    assert all(isinstance(group["lr"], Tensor) for group in following.param_groups)
     assert case.crossed.notes == ("configured 7.0e+00..3.5e+02",)
     assert following.param_groups[0]["lr"] is not following.param_groups[1]["lr"], "a scheduler fills them in place"
 

@@ -414,12 +414,12 @@ def interrupted(name: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Tenso
     before, after, options = UNINTERRUPTED[name]
     tensors, others = parameters(dtype), parameters(dtype)
     running, whole = before(tensors, lr=0.01, **options), before(others, lr=0.01, **options)
-    stepped(running, 5)
+    stepped(running, 40)
     following = after(tensors, lr=0.01, **options)
     carry(running, following)
     del running
     stepped(following, 5, seed=50)
-    stepped(whole, 5)
+    stepped(whole, 40)
     stepped(whole, 5, seed=50)
     return tensors, others
 
