@@ -98,6 +98,9 @@ class Run:
         return not self.later <= 2
 
 
+NOTHING = Run([math.inf], math.inf)
+"""Of a way that finds no learning rate above zero."""
+
 Way = Callable[[Moment, Task, Optimizer], tuple[Optimizer, int]]
 """Makes the next optimizer of the running one; with it, for how many steps its schedule has run."""
 
@@ -258,7 +261,7 @@ def run_seed(name: str, schedule: str, seed: int, path: Path) -> dict[str, dict[
 
 def run_way(moment: Moment, way: str, every: int) -> Run:
     if way == "swats" and moment.estimate <= 0:
-        return Run([math.inf], math.inf)
+        return NOTHING
     return after(moment, WAYS[way], every)
 
 
@@ -288,7 +291,7 @@ def middle_and_worst(values: Sequence[float]) -> str:
 def _short(value: float) -> str:
     if not math.isfinite(value):
         return "lost"
-    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
+    return f"{value:.2f}" if value < 10 else f"{value:.3g}"
 
 
 def tables(cells: Sequence[Cell]) -> str:
@@ -313,7 +316,11 @@ def tables(cells: Sequence[Cell]) -> str:
         for cell in cells
     ]
     blocks.append(f"**Diverged runs** of {len(SEEDS)}\n\n{markdown([*header, 'Adam'], counts)}")
-    blocks.append(f"{'2 cores'}, one thread; torch {torch.__version__.partition('+')[0]}; n = {len(SEEDS)} seeds.")
+    without = sum(run == NOTHING for cell in cells for run in cell.runs["swats"])
+    blocks.append(
+        f"In {without} of {len(cells) * len(SEEDS)} runs SWATS' estimate was below zero at the switch; they count as diverged.\n"
+        f"torch {torch.__version__.partition('+')[0]}, one thread of 2 cores; n = {len(SEEDS)}."
+    )
     return "\n\n".join(blocks)
 
 
@@ -327,13 +334,16 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
     figure, axes = plt.subplots(len(TASKS), 4, figsize=(14, 9), sharex=True, sharey="row", layout="constrained")
     for axis, cell in zip(axes.flat, cells, strict=True):
         for way, style in STYLES.items():
-            curves = [run.losses for run in cell.runs[way] if len(run.losses) > 1]
+            curves = [run.losses for run in cell.runs[way]]
             draw_curves(axis, curves, EVERY[cell.task], {"label": way, **style}, banded=way == "smooth")
         axis.axhline(1, color="grey", linewidth=0.6)
-        axis.set_title(f"{cell.task}\n{cell.moment}, {cell.schedule}", fontsize=10)
-        axis.grid(alpha=0.3, which="both")
-    for row in axes:
-        row[0].set(yscale="log", ylabel="evaluation loss / at the switch")
+        axis.grid(alpha=0.3)
+    for axis, cell in zip(axes[0], cells, strict=False):
+        axis.set_title(f"{cell.moment} switch, {cell.schedule}")
+    for row, task in zip(axes, TRAININGS, strict=True):
+        row[0].set_ylabel(f"{task}\nevaluation loss / at the switch")
+        if row[0].get_ylim()[1] > 2:
+            row[0].set_yscale("log")
     for axis in axes[-1]:
         axis.set_xlabel("steps after the switch")
     handles, labels = axes.flat[0].get_legend_handles_labels()
@@ -355,7 +365,7 @@ STYLES: dict[str, dict[str, Any]] = {
 def draw_curves(axis: Any, curves: Iterable[Sequence[float]], every: int, style: Mapping[str, Any], banded: bool) -> None:
     """The median, point by point; a run that is lost counts as infinite from there on."""
     steps = [1, *range(every, WINDOW + 1, every)] if every > 1 else list(range(1, WINDOW + 1))
-    filled = [[*curve, *[math.inf] * (len(steps) - len(curve))] for curve in curves]
+    filled = [[*curve, *[math.inf] * len(steps)][: len(steps)] for curve in curves]
     points = list(zip(*filled, strict=True))
     axis.plot(steps, [statistics.median(values) for values in points], **style)
     if banded:
