@@ -91,7 +91,7 @@ class Transformer(nn.Module):
         return self.head(self.norm(self.blocks(self.embed(words) + self.place[: words.shape[1]])))
 
 
-def markov(seed: int, words: int = 32, batch: int = BATCH) -> Task:
+def markov(seed: int, words: int = 32, width: int = 48, batch: int = BATCH) -> Task:
     """A language whose next word depends on the last two, for a small transformer, trained with AdamW."""
     torch.manual_seed(seed)
     table = torch.distributions.Dirichlet(torch.full((words,), 0.1)).sample((words, words))
@@ -101,7 +101,7 @@ def markov(seed: int, words: int = 32, batch: int = BATCH) -> Task:
         while True:
             yield _sentences(table, batch)
 
-    return Task(Transformer(words), batches(), evaluation, lr=3e-3, weight_decay=0.1)
+    return Task(Transformer(words, width), batches(), evaluation, lr=3e-3, weight_decay=0.1)
 
 
 TASKS: dict[str, Callable[[int], Task]] = {"digits, MLP": digits_mlp, "digits, CNN": digits_cnn, "Markov text, transformer": markov}
