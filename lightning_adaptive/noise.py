@@ -475,6 +475,12 @@ def _lengths(batch: Any) -> Iterator[int]:
         yield from _lengths(vars(batch))
 
 
+def find_monitor(trainer: Trainer) -> GradientNoiseMonitor | None:
+    """The trainer's `GradientNoiseMonitor`, if it has one."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, GradientNoiseMonitor)), None)
+
+
 def _check_size(size: Any, allowed: str) -> int:
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ConfigError(f"{size!r} is no number of samples. {allowed}", "batch_size")

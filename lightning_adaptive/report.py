@@ -23,6 +23,7 @@ from lightning_adaptive import checkpoints
 from lightning_adaptive.combined import class_name
 from lightning_adaptive.errors import ConfigError, did_you_mean
 from lightning_adaptive.lr_schedulers import describe_schedule
+from lightning_adaptive.noise import find_monitor
 from lightning_adaptive.phases import format_lrs, lrs, state_bytes
 from lightning_adaptive.strategies import running_optimizer
 from lightning_adaptive.switch import find_switch, format_bytes
@@ -49,6 +50,7 @@ class PhaseReport:
         decays: weight decay of each group that has one, at its first update.
         explanation: why it began, and what crossed the switch to it; empty for the first.
         seen: what the trigger of the next switch saw last.
+        noise: gradient noise scale at its end, in samples, where a `GradientNoiseMonitor` measured it.
     """
 
     number: int
@@ -65,6 +67,7 @@ class PhaseReport:
     decays: list[float] = field(default_factory=list)
     explanation: str = ""
     seen: dict[str, float] = field(default_factory=dict)
+    noise: float | None = None
 
 
 class RunReport(Callback):
@@ -134,7 +137,7 @@ class RunReport(Callback):
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._close()
+        self._close(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         loss = None if self._loss is None else float(self._loss)
@@ -146,7 +149,7 @@ class RunReport(Callback):
         self._batches = state_dict["batches"]
 
     def _begin(self, trainer: Trainer) -> None:
-        self._close()
+        self._close(trainer)
         number, switch = _phase_number(trainer), find_switch(trainer)
         self._since = time.monotonic()
         if self._closed and self._closed[-1].number == number:
@@ -163,9 +166,11 @@ class RunReport(Callback):
         )
         self._lrs = lrs(optimizer)
 
-    def _close(self) -> None:
+    def _close(self, trainer: Trainer) -> None:
         if self._open is not None:
-            self._closed.append(self._measured(self._open))
+            monitor = find_monitor(trainer)
+            noise = monitor.values().get("noise/scale") if monitor else None
+            self._closed.append(replace(self._measured(self._open), noise=noise))
             self._open = None
 
     def _measured(self, phase: PhaseReport) -> PhaseReport:
@@ -182,6 +187,8 @@ def table(phases: Sequence[PhaseReport], metric: str | None) -> tuple[list[str],
         metric: name of the monitored metric.
     """
     header = [column.format(metric=metric or "metric") for column in _COLUMNS]
+    measured = any(phase.noise is not None for phase in phases)
+    header += ["noise scale"] * measured
     rows = [
         [
             str(phase.number),
@@ -194,6 +201,7 @@ def table(phases: Sequence[PhaseReport], metric: str | None) -> tuple[list[str],
             _number(phase.metric),
             f"{phase.seconds:.1f}",
             format_bytes(phase.state_bytes),
+            *["-" if phase.noise is None else f"{phase.noise:.3g}"] * measured,
         ]
         for phase in phases
     ]
@@ -273,7 +281,10 @@ def picture(metrics_csv: Path, phases: Sequence[PhaseReport], metric: str | None
         (metric or "metric", [name for name in curves if name == metric], "linear"),
         ("learning rate", [name for name in curves if name == "lr" or name.startswith(("lr-", "lr/"))], "log"),
     ]
-    figure, axes = plt.subplots(len(panels), 1, figsize=(8, 7), sharex=True, layout="constrained")
+    if "noise/scale" in curves:
+        panels.append(("gradient noise, samples", ["noise/scale", "noise/batch"], "log"))
+    size = (8, 1 + 2 * len(panels))
+    figure, axes = plt.subplots(len(panels), 1, figsize=size, sharex=True, layout="constrained")
     for axis, (title, chosen, scale) in zip(axes, panels, strict=True):
         for name in chosen:
             steps, values = curves[name]

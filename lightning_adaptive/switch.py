@@ -24,7 +24,7 @@ from lightning_adaptive.durations import Clock, Duration, DurationLike
 from lightning_adaptive.errors import CheckpointError, ConfigError, ConfigTypeError, check_factory
 from lightning_adaptive.handover import Crossed, Guard, Handover
 from lightning_adaptive.lr_schedulers import ScheduleLR, SchedulerConfig, SchedulerFactory, build_scheduler, describe_schedule
-from lightning_adaptive.noise import GradientNoiseMonitor
+from lightning_adaptive.noise import find_monitor
 from lightning_adaptive.param_groups import Group, Inherit, ParamGroups, Partition, extend, members, named_tensors, split
 from lightning_adaptive.phases import OptimizerFactory, Phase
 from lightning_adaptive.schedules import Continue, Plateau, Schedule
@@ -650,7 +650,7 @@ class OptimizerSwitchCallback(Callback):
         if step >= trigger.first_step(seen.clock):
             if any(step % one.every_n_steps == 0 for one in trigger.projecting()):
                 seen = replace(seen, projections=self._projections(trainer))
-            monitor = _noise_monitor(trainer)
+            monitor = find_monitor(trainer)
             if monitor is not None and any(step % one.every_n_steps == 0 for one in trigger.noise()):
                 seen = replace(seen, noise=monitor.values())
         if seen.asked or seen.projections is not None or seen.noise is not None:
@@ -711,7 +711,7 @@ class OptimizerSwitchCallback(Callback):
                     "validation_step, validation data and limit_val_batches above 0 are needed.",
                     key,
                 )
-            if switch.when.noise() and _noise_monitor(trainer) is None:
+            if switch.when.noise() and find_monitor(trainer) is None:
                 raise ConfigError(
                     "OnNoise reads what GradientNoiseMonitor measures, which is not among the callbacks. Add it: callbacks=noise, "
                     "or GradientNoiseMonitor() in Python.",
@@ -1043,11 +1043,6 @@ def _impose_options(placement: strategies.Plain, options: list[dict[str, Any]]) 
 def _default_if_empty(value: Any, default: Any) -> Any:
     """A slot that a configuration left empty (``{}`` or ``null``) means its default."""
     return default if value is None or (isinstance(value, Mapping) and not value) else value
-
-
-def _noise_monitor(trainer: Trainer) -> GradientNoiseMonitor | None:
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback for callback in callbacks if isinstance(callback, GradientNoiseMonitor)), None)
 
 
 def _refuse_weight_averaging(trainer: Trainer) -> None:

@@ -44,7 +44,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "series": {"lr_schedulers", "phases"},
     "plan": {"combined", "lr_schedulers", "phases", "series", "strategies", "switch"},
-    "report": {"checkpoints", "combined", "errors", "lr_schedulers", "phases", "strategies", "switch"},
+    "report": {"checkpoints", "combined", "errors", "lr_schedulers", "noise", "phases", "strategies", "switch"},
     "trust": {"errors"},
     "config": {
         "combined", "durations", "errors", "handover", "lr_schedulers", "param_groups", "phases", "schedules", "switch", "triggers",
