@@ -298,7 +298,7 @@ def picture(metrics_csv: Path, phases: Sequence[PhaseReport], metric: str | None
         positive = any(value > 0 for name in chosen for value in curves[name][1])
         axis.set(ylabel=title, yscale=scale if positive else "linear")
         axis.grid(alpha=0.3)
-        if chosen:
+        if 0 < len(chosen) <= 12:
             axis.legend(loc="best", fontsize="small")
     axes[-1].set_xlabel("optimizer step")
     figure.savefig(path, dpi=120)

@@ -454,7 +454,7 @@ class OnNoise(Trigger):
         _check_threshold(self.above, self.below)
         if self.of not in ("batch", "samples"):
             raise ConfigError(f"{self.of!r} is not one of batch, samples.{did_you_mean(str(self.of), ('batch', 'samples'))}", "of")
-        _check_count("patience", self.patience)
+        _check_count("patience", self.patience, of="looks")
         _check_count("every_n_steps", self.every_n_steps)
 
     def noise(self) -> tuple[OnNoise, ...]:

@@ -29,7 +29,9 @@ from lightning_adaptive import (
     ConfigError,
     Cosine,
     ExactResume,
+    GradientNoiseMonitor,
     Manual,
+    OnNoise,
     OnPlateau,
     OnThreshold,
     OptimizerSwitchCallback,
@@ -868,3 +870,99 @@ def test_the_command_line_switches_by_a_trigger(
     assert f"because {words}" in caplog.text
     [folder] = runs(tmp_path)
     assert [phase["optimizer"] for phase in result(folder)["phases"]] == ["Adam", "SGD"]
+
+
+# The gradient noise
+
+
+def noises(trigger: Trigger, scales: Sequence[float], batch: float = 32.0) -> list[dict[str, Any]]:
+    """What is remembered after each of these noise scales, ten steps apart."""
+    memories: list[dict[str, Any]] = [{}]
+    for step, scale in enumerate(scales, start=1):
+        seen = Seen(10 * step, CLOCK, noise={"noise/scale": scale, "noise/batch": batch})
+        memories.append(trigger.observe(memories[-1], seen))
+    return memories[1:]
+
+
+@pytest.mark.parametrize(
+    ("trigger", "scales", "expected"),
+    [
+        (OnNoise(above=2, patience=1), [63.9, 64.0, 64.1], 2),
+        (OnNoise(above=2, patience=2), [65, 10, 65, 65], 3),
+        (OnNoise(above=2, patience=2), [65, math.nan, 65, 65], 3),
+        (OnNoise(above=2, patience=1), [math.inf], 0),
+        (OnNoise(below=2, patience=1), [64, 63], 1),
+        (OnNoise(below=2, patience=1), [math.nan, math.inf], None),
+        (OnNoise(above=50, of="samples", patience=1), [50, 51], 1),
+        (OnNoise(above=1, patience=1, every_n_steps=20), [40, 40], 1),
+        (OnNoise(above=1, patience=1, not_before="30st"), [40, 40, 40], 2),
+    ],
+)
+def test_the_noise_is_above_or_below_for_some_looks_in_a_row(trigger: Trigger, scales: list[float], expected: int | None) -> None:
+    fired = ["fired" in memory for memory in noises(trigger, scales)]
+    assert fired == [expected is not None and index >= expected for index in range(len(scales))]
+
+
+def test_the_noise_says_what_it_saw() -> None:
+    [*_, memory] = noises(OnNoise(above=1.5, patience=2), [64, 96])
+    assert memory["fired"] == "the gradient noise scale is 96 samples, 3 batches of 32, above 1.5 batch for 2 looks"
+    assert OnNoise(above=1.5).shows(memory) == {"scale": 96, "batch": 32}
+    assert OnNoise(above=1).observe({}, Seen(10, CLOCK, noise={})) == {}, "before anything was measured"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "above: a threshold is either above or below a value. Give one of the two."),
+        ({"above": 1, "below": 2}, "above: a threshold is either above or below a value. Give one of the two."),
+        ({"above": "big"}, "above: 'big' is not a number."),
+        ({"below": math.inf}, "below: inf is never passed. Write a finite number."),
+        ({"above": 1, "of": "batches"}, "of: 'batches' is not one of batch, samples. Did you mean 'batch'?"),
+        ({"above": 1, "patience": 0}, "patience: 0 is no number of looks. Write a whole number from 1 on."),
+        ({"above": 1, "every_n_steps": 0}, "every_n_steps: 0 is no number of steps. Write a whole number from 1 on."),
+    ],
+)
+def test_the_noise_refuses(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ConfigError, TypeError)) as caught:
+        OnNoise(**options)
+    assert str(caught.value) == message
+
+
+NOISE = AnyOf(of={"noise": OnNoise(above=1e-9, patience=3, every_n_steps=2), "loss": OnPlateau(monitor="val/loss", patience=99)})
+
+
+def test_the_noise_switches_a_run_and_resumes_within_its_patience(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1, save_on_train_epoch_end=False)
+
+    def run(ckpt_path: Path | None = None, *callbacks: Callback) -> tuple[list[str], str]:
+        module, monitor = ValidatedNet(), GradientNoiseMonitor()
+        steps = fit(module, switch(NOISE), monitor, ExactResume(), *callbacks, ckpt_path=ckpt_path, accumulate_grad_batches=2)
+        return steps.classes, digest(module)
+
+    classes, weights = run(None, saver)
+    assert classes.index("SGD") == 6, "it looks after steps 2, 4 and 6"
+    for step in (3, 4, 5, 6, 7):
+        assert run(tmp_path / f"step={step}.ckpt") == (classes[step:], weights)
+
+
+def test_the_noise_needs_its_monitor() -> None:
+    with pytest.raises(ConfigError) as caught:
+        fit(ValidatedNet(), switch(NOISE))
+    assert str(caught.value) == (
+        "switch.when: OnNoise reads what GradientNoiseMonitor measures, which is not among the callbacks. Add it: callbacks=noise, "
+        "or GradientNoiseMonitor() in Python."
+    )
+
+
+def noisy_rank(rank: int = 0) -> tuple[int | None, str]:
+    module = ShardableNet()
+    steps = Steps()
+    callbacks = [switch(OnNoise(above=1e-9, patience=2, every_n_steps=2)), GradientNoiseMonitor(), steps]
+    trainer(max_epochs=3, callbacks=callbacks, strategy="ddp", devices=2).fit(module, loader())
+    return steps.first_sgd, digest(module)
+
+
+def test_the_noise_is_one_decision_on_two_ranks(pair: Pair) -> None:
+    one, other = pair.run(noisy_rank)
+    assert one == other
+    assert one[0] == 4
