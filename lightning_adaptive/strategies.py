@@ -134,6 +134,11 @@ def opens_accumulation_window(trainer: Trainer, batch_idx: int) -> bool:
     return batch_idx % trainer.accumulate_grad_batches == 0
 
 
+def closes_accumulation_window(trainer: Trainer) -> bool:
+    """Whether the batch that is being trained on is the last of those that are accumulated; an epoch's last one always is."""
+    return not trainer.fit_loop.epoch_loop._should_accumulate()
+
+
 def agreed_metrics(trainer: Trainer, names: Sequence[str]) -> dict[str, float]:
     """What the module has logged; those of these names in the mean over all ranks, so that every rank sees the same.
 
@@ -178,6 +183,93 @@ def loss_scale(trainer: Trainer) -> float | None:
     """The factor by which 16-bit mixed precision scales the loss now; ``None`` where it does not. Waits for the device."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return None if scaler is None else float(scaler.get_scale())
+
+
+def gradient_scale(trainer: Trainer) -> Tensor:
+    """The factor that gradients have between a backward and the step: loss scale over accumulated batches, float64.
+
+    Does not wait for the device, as `loss_scale` does.
+    """
+    one = torch.ones((), device=trainer.strategy.root_device)
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    scaled = one if scaler is None else scaler.scale(one)
+    return scaled.double() / trainer.accumulate_grad_batches
+
+
+def hooks_see_own_gradients(trainer: Trainer) -> bool:
+    """Whether a hook on a parameter sees the whole gradient of this process's own batch; else ``.grad`` has shards of all's.
+
+    Raises:
+        ConfigError: for a strategy on which a step's gradients cannot be seen, or are not their mean.
+    """
+    strategy: Any = trainer.strategy
+    name = type(strategy).__name__
+    base = next((base for base in type(strategy).__mro__ if base in PLACEMENTS), None)
+    if base is DeepSpeedStrategy:
+        raise ConfigError(
+            f"gradient noise is not available under {name}, which frees gradients when it has reduced them. Use one process with "
+            "accumulation, DDP, FSDP or FSDP2.",
+            "trainer.strategy",
+        )
+    if base is FSDPStrategy:
+        _refuse_copied_shards(strategy)
+        return False
+    if base is DDPStrategy and strategy._ddp_comm_hook is not None:
+        _refuse_other_means(strategy._ddp_comm_hook)
+    if base is None:
+        raise ConfigError(
+            f"gradient noise is not available on {name}. Available: one process, DDP, FSDP, FSDP2, and what is derived from them.",
+            "trainer.strategy",
+        )
+    return base is not ModelParallelStrategy
+
+
+def _refuse_copied_shards(strategy: FSDPStrategy) -> None:
+    allowed, given = ("FULL_SHARD", "SHARD_GRAD_OP"), strategy.sharding_strategy.name
+    if given not in allowed:
+        raise ConfigError(
+            f"gradient noise is not available with {given}, where several processes hold the same shard. Write "
+            f"{' or '.join(allowed)}.",
+            "trainer.strategy.sharding_strategy",
+        )
+
+
+def _refuse_other_means(comm_hook: Callable[..., Any]) -> None:
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
+
+    if comm_hook not in (fp16_compress_hook, bf16_compress_hook):
+        name = getattr(comm_hook, "__name__", type(comm_hook).__name__)
+        raise ConfigError(
+            f"gradient noise is not available with {name}, after which gradients need not be the mean of the processes'. Use none, "
+            "fp16_compress_hook or bf16_compress_hook.",
+            "trainer.strategy.ddp_comm_hook",
+        )
+
+
+def holders_of_plain_tensors(trainer: Trainer) -> int:
+    """How many processes hold the same tensor, where it is no DTensor: 1 under FSDP, whose plain tensors are shards."""
+    return trainer.world_size if isinstance(trainer.strategy, ModelParallelStrategy) else 1
+
+
+def processes_with_own_batches(trainer: Trainer) -> int:
+    """How many processes train on different batches: all, but for those that share one under tensor parallelism."""
+    strategy = trainer.strategy
+    return strategy.device_mesh["data_parallel"].size() if isinstance(strategy, ModelParallelStrategy) else trainer.world_size
+
+
+def log_metrics(trainer: Trainer, values: Mapping[str, float], step: int) -> None:
+    """Gives values to every logger; one that fails is told of, and does not end the training.
+
+    Args:
+        trainer: the trainer.
+        values: the values, by name.
+        step: 0-based step that they belong to.
+    """
+    for logger in trainer.loggers:
+        try:
+            logger.log_metrics(dict(values), step=step)
+        except Exception as error:  # noqa: BLE001 - a logger may raise anything; a training of a week goes on
+            rank_zero_warn(f"{type(logger).__name__} could not log {', '.join(values)}: {error!r}. Training goes on.")
 
 
 def parameter_names(module: LightningModule) -> dict[int, str]:

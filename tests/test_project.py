@@ -34,6 +34,8 @@ ARROWS: dict[str, set[str]] = {
     "data_order": {"random_states"},
     "checkpoints": {"errors"},
     "strategies": {"checkpoints", "combined", "durations", "errors", "rules"},
+    "gradient_norms": set(),
+    "noise": {"combined", "errors", "gradient_norms", "strategies"},
     "exact_resume": {"checkpoints", "data_order", "errors", "random_states", "strategies"},
     "settings": {"combined", "schedules"},
     "switch": {
@@ -93,6 +95,8 @@ FOREIGN: dict[str, set[str]] = {
     "trust": set(),
     "strategies": {"torch", "lightning", "deepspeed"},
     "exact_resume": {"torch", "lightning"},
+    "gradient_norms": {"torch"},
+    "noise": {"torch", "lightning", "torchmetrics"},
     "settings": {"torch"},
     "switch": {"torch", "lightning"},
     "series": {"torch"},

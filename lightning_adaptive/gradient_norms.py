@@ -1,0 +1,190 @@
+"""Squared norms of gradients while a step accumulates them: of each micro-batch, and of all together.
+
+Nothing here waits for the device, and only shards are ever copied.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.utils.hooks import RemovableHandle
+
+_PIECE = 2**17
+"""Elements of a sum in float32 on the CPU, which adds one after the other: 10 million lose 7e-4 of their sum, pieces 1e-6."""
+
+
+class StepNorms(ABC):
+    """The gradients of one step, which belong to the caller: they are looked at, and nothing of them is changed.
+
+    Args:
+        groups: the parameters, by group.
+        device: where the sums lie.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[Tensor]], device: torch.device) -> None:
+        self.groups = groups
+        self.device = device
+        self.micro_batches = 0
+        self.in_pieces = False
+        """Whether some parameter got its gradient in several pieces, whose norm cannot be told: it is then not a number."""
+        self._small = torch.zeros(len(groups), dtype=torch.float64, device=device)
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Called before each backward."""
+
+    def end(self, is_last: bool) -> None:
+        """Called after each backward.
+
+        Args:
+            is_last: whether it is the step's last.
+        """
+        self._small += self._of_micro_batch(is_last)
+        self.micro_batches += 1
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leaves nothing behind, wherever the step was left."""
+
+    @property
+    def small(self) -> Tensor:
+        """Sum over the micro-batches of the squared norms of their gradients, one value for each group, float64."""
+        return self._small
+
+    @property
+    def big(self) -> Tensor:
+        """Squared norm of what lies in ``.grad``, one value for each group, float64."""
+        return self._squared({id(tensor): tensor.grad for group in self.groups for tensor in group if tensor.grad is not None})
+
+    @abstractmethod
+    def _of_micro_batch(self, is_last: bool) -> Tensor: ...
+
+    def _copies(self, grad: Tensor) -> int:
+        """How many processes hold each element of a gradient, of whose squares this process's share is then only a part."""
+        return 1
+
+    def _squared(self, grads: Mapping[int, Tensor]) -> Tensor:
+        """Squared norms of gradients by their parameters' ``id``, one value for each group."""
+        of_groups = ([grads[id(tensor)] for tensor in group if id(tensor) in grads] for group in self.groups)
+        return self._summed([[norm for grad in group for norm in _norms(grad, self._copies(grad))] for group in of_groups])
+
+    def _summed(self, norms: Sequence[Sequence[Tensor]]) -> Tensor:
+        return torch.stack([self._sum_of_squares(of_group) for of_group in norms])
+
+    def _sum_of_squares(self, norms: Sequence[Tensor]) -> Tensor:
+        if not norms:
+            return torch.zeros((), dtype=torch.float64, device=self.device)
+        together = torch.stack([norm.to(self.device, non_blocking=True) for norm in norms])
+        return together.double().square().sum()
+
+
+class OwnGradients(StepNorms):
+    """On one process and under DDP: each process's own gradients, by hooks on the parameters.
+
+    A hook sees a micro-batch's gradient before it is added to ``.grad``, and so before DDP reduces it. A parameter that is used
+    several times has one gradient, their sum. The hooks are there during the backward alone, so that no other call of autograd
+    (a gradient penalty, a validation) is taken for it.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[Tensor]], device: torch.device) -> None:
+        super().__init__(groups, device)
+        self._handles: list[RemovableHandle] = []
+        self._norms: list[list[Tensor]] = []
+        self._seen: set[int] = set()
+
+    def begin(self) -> None:
+        self.close()
+        self._norms, self._seen = [[] for _ in self.groups], set()
+        for index, group in enumerate(self.groups):
+            for parameter in group:
+                self._handles.append(parameter.register_hook(functools.partial(self._take, index, id(parameter))))
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _take(self, index: int, parameter: int, grad: Tensor) -> None:
+        # No reference to the gradient is kept: autograd would have to copy it into .grad.
+        self._norms[index] += _norms(grad)
+        if parameter in self._seen:
+            self.in_pieces = True
+            self._norms[index].append(torch.full((), math.nan, device=grad.device))
+        self._seen.add(parameter)
+
+    def _of_micro_batch(self, is_last: bool) -> Tensor:
+        self.close()
+        norms, self._norms = self._norms, []
+        return self._summed(norms)
+
+
+class ShardedGradients(StepNorms):
+    """Under FSDP and FSDP2: gradients that all processes have reduced, of which each holds its shard in ``.grad``.
+
+    A micro-batch's gradient is what it adds to ``.grad``; for that a copy of the shard is kept from one micro-batch to the next.
+    The sum of a value over all processes is that of the whole parameters.
+
+    Args:
+        groups: the parameters, by group.
+        device: where the sums lie.
+        processes: number of all processes.
+        holders: number of processes that hold the same plain tensor: 1 where that is a shard, as FSDP makes them; all of them
+            under FSDP2, whose shards are DTensors.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[Tensor]], device: torch.device, processes: int, holders: int) -> None:
+        super().__init__(groups, device)
+        self._processes = processes
+        self._holders = holders
+        self._before: dict[int, Tensor] = {}
+
+    def begin(self) -> None:
+        """Nothing: all that is looked at lies in ``.grad`` afterwards."""
+
+    def close(self) -> None:
+        self._before = {}
+
+    @torch.no_grad()
+    def _of_micro_batch(self, is_last: bool) -> Tensor:
+        now = {id(tensor): tensor.grad for group in self.groups for tensor in group if tensor.grad is not None}
+        before = self._before
+        if before:
+            torch._foreach_sub_(list(before.values()), [now[key] for key in before])  # the sign does not matter
+        squared = self._squared({**now, **before})
+        self._before = {} if is_last else {key: tensor.clone() for key, tensor in now.items()}
+        return squared
+
+    def _copies(self, grad: Tensor) -> int:
+        if not isinstance(grad, DTensor):
+            return self._holders
+        mesh = grad.device_mesh
+        repeats = (size for size, placement in zip(mesh.shape, grad.placements, strict=True) if isinstance(placement, Replicate))
+        return math.prod(repeats) * self._processes // mesh.size()
+
+
+def _norms(grad: Tensor, copies: int = 1) -> list[Tensor]:
+    """Norms of a gradient's pieces, so that their squares add up to its own; of one that several processes hold, to their share."""
+    values = grad.detach()
+    if isinstance(values, DTensor):
+        values = values.to_local()
+    if values.is_sparse:
+        values = values.coalesce().values()
+    is_half = values.dtype in (torch.float16, torch.bfloat16)
+    norms = torch._foreach_norm(list(_pieces(values)), 2, dtype=torch.float32 if is_half else None)
+    return list(norms) if copies == 1 else [norm / math.sqrt(copies) for norm in norms]
+
+
+def _pieces(values: Tensor) -> Iterator[Tensor]:
+    """Views of a tensor, small enough for the CPU."""
+    if values.device.type != "cpu" or values.numel() <= _PIECE:
+        yield values
+    elif values.is_contiguous():
+        yield from values.view(-1).split(_PIECE)
+    else:
+        yield from values.split(max(1, _PIECE * len(values) // values.numel()))

@@ -1,0 +1,477 @@
+"""Gradient noise, measured while a model trains: `GradientNoiseScale` for the arithmetic, `GradientNoiseMonitor` for Lightning."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from torchmetrics import Metric
+
+from lightning_adaptive import strategies
+from lightning_adaptive.combined import needs_closure
+from lightning_adaptive.errors import CheckpointError, ConfigError, ConfigTypeError
+from lightning_adaptive.gradient_norms import OwnGradients, ShardedGradients, StepNorms
+
+STATE_VERSION = 1
+"""Version of the callback's saved state; CONTRIBUTING.md says what happens when it changes."""
+
+_STATES = ("grad_sq", "trace", "updates", "skipped", "batch")
+
+Number = float | Tensor
+
+
+def estimates(small_sq: Tensor, big_sq: Tensor, small_batch: Number, big_batch: Number) -> tuple[Tensor, Tensor]:
+    """Unbiased estimates of the squared norm of the true gradient and of the trace of the covariance of one sample's gradient.
+
+    With ``E|g_b|^2 = |G|^2 + tr(Sigma) / b`` for the mean gradient of ``b`` samples (McCandlish et al. 2018, arXiv 1812.06162,
+    appendix A.1)::
+
+        |G|^2     = (B |g_B|^2 - b |g_b|^2) / (B - b)
+        tr(Sigma) = (|g_b|^2 - |g_B|^2) / (1/b - 1/B)
+
+    Either may come out negative.
+
+    Args:
+        small_sq: ``|g_b|^2``, the squared norm of a small batch's gradient; the mean over several of the same size is less noisy.
+        big_sq: ``|g_B|^2``, that of a big batch's, which may be made of the small ones.
+        small_batch: ``b``, samples of the small batch; of unequal ones their harmonic mean.
+        big_batch: ``B``, samples of the big batch, more than ``b``.
+
+    Returns:
+        ``|G|^2`` and ``tr(Sigma)``, in the units of the gradient squared.
+
+    >>> estimates(torch.tensor(5.0), torch.tensor(2.0), 1, 4)  # |G|^2 = 1, tr(Sigma) = 4
+    (tensor(1.), tensor(4.))
+    """
+    grad_sq = (big_batch * big_sq - small_batch * small_sq) / (big_batch - small_batch)
+    return grad_sq, (small_sq - big_sq) / (1 / small_batch - 1 / big_batch)
+
+
+class GradientNoiseScale(Metric):
+    """The gradient noise scale ``B_simple = tr(Sigma) / |G|^2``, from squared norms of gradients of a small and a big batch.
+
+    Numerator and denominator are each an exponential moving average of unbiased `estimates`, corrected by ``1 - decay^n`` for its
+    beginning at zero after ``n`` updates; their ratio is taken last, since the average of ratios is not the ratio of averages. An
+    update that is not finite is left out and counted in ``skipped``. Everything is float64 and stays on the metric's device.
+
+    What is fed must be the same on all processes, as after a reduction: the states are not synchronized.
+
+    Args:
+        decay: share of the past in each average, 0 to below 1. 0 looks at the last update alone.
+        groups: names of parameter groups, for values of each beside those of the whole.
+
+    Raises:
+        ConfigError: for a decay out of range, or a name that comes twice.
+
+    >>> metric = GradientNoiseScale()
+    >>> metric.update(small_sq=5.0, big_sq=2.0, small_batch=1, big_batch=4)
+    >>> {name: round(float(value), 6) for name, value in metric.compute().items()}
+    {'scale': 4.0, 'grad_sq': 1.0, 'trace': 4.0, 'snr': 1.0, 'batch': 4.0}
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = True
+
+    grad_sq: Tensor
+    trace: Tensor
+    updates: Tensor
+    skipped: Tensor
+    batch: Tensor
+
+    def __init__(self, decay: float = 0.99, groups: Sequence[str] = ()) -> None:
+        super().__init__(sync_on_compute=False, compute_with_cache=False)
+        if isinstance(decay, bool) or not isinstance(decay, int | float):
+            raise ConfigTypeError(f"{decay!r} is not a number.", "decay")
+        if not 0 <= decay < 1:
+            raise ConfigError(f"{decay!r} lies outside 0 to below 1. It is a share of the past.", "decay")
+        if len(set(groups)) < len(groups):
+            raise ConfigError(f"{list(groups)!r} has a name twice. Give each group its own.", "groups")
+        self.decay = decay
+        self.groups = tuple(groups)
+        # The whole first, then each group.
+        averages = torch.zeros(1 + len(self.groups), dtype=torch.float64)
+        self.add_state("grad_sq", averages.clone(), persistent=True)
+        self.add_state("trace", averages.clone(), persistent=True)
+        self.add_state("updates", averages.clone(), persistent=True)
+        self.add_state("skipped", torch.zeros((), dtype=torch.float64), persistent=True)
+        self.add_state("batch", torch.zeros((), dtype=torch.float64), persistent=True)
+
+    def update(self, small_sq: Number, big_sq: Number, small_batch: Number, big_batch: Number) -> None:
+        """Takes one step's squared norms, as `estimates` does.
+
+        Args:
+            small_sq: a number; with groups, a vector with one value for each, which add up to the whole's.
+            big_sq: the same of the big batch.
+            small_batch: samples of the small batch.
+            big_batch: samples of the big batch.
+
+        Raises:
+            ValueError: for numbers of samples that are not ``0 < small_batch < big_batch``; of tensors, whose values are not looked
+                at, such an update is left out.
+        """
+        if not isinstance(small_batch, Tensor) and not isinstance(big_batch, Tensor) and not 0 < small_batch < big_batch:
+            raise ValueError(f"the small batch must be smaller than the big one, got {small_batch} and {big_batch} samples")
+        small, big = self._with_whole(small_sq), self._with_whole(big_sq)
+        batch = self._double(big_batch)
+        grad_sq, trace = estimates(small, big, self._double(small_batch), batch)
+        counts = (torch.isfinite(grad_sq) & torch.isfinite(trace)).all()
+        self.grad_sq = torch.where(counts, self.decay * self.grad_sq + (1 - self.decay) * grad_sq, self.grad_sq)
+        self.trace = torch.where(counts, self.decay * self.trace + (1 - self.decay) * trace, self.trace)
+        self.batch = torch.where(counts, batch, self.batch)
+        self.updates = self.updates + counts
+        self.skipped = self.skipped + ~counts
+
+    def compute(self) -> dict[str, Tensor]:
+        """The smoothed values, 0-dimensional; not a number before the first update.
+
+        Returns:
+            ``scale`` (samples), ``grad_sq`` and ``trace`` (gradient squared), ``snr = batch * grad_sq / trace`` (how often the
+            squared gradient exceeds the noise that is left at this batch), ``batch`` (samples of the last big batch); for each
+            group ``scale/NAME`` and so on. In ratios an average below zero, which noise can cause, counts as zero: ``scale`` is
+            then infinite, or zero.
+        """
+        return self.values()
+
+    def values(self) -> dict[str, Tensor]:
+        """What `compute` returns; for a metric that was loaded and not updated since, of which `compute` would warn."""
+        weights = 1 - self.decay**self.updates
+        grad_sq, trace = self.grad_sq / weights, self.trace / weights
+        signal, noise = grad_sq.clamp(min=0), trace.clamp(min=0)
+        found = {"scale": noise / signal, "grad_sq": grad_sq, "trace": trace, "snr": self.batch * signal / noise}
+        whole = {name: of_each[0] for name, of_each in found.items()}
+        of_groups = {
+            f"{name}/{group}": of_each[index] for index, group in enumerate(self.groups, start=1) for name, of_each in found.items()
+        }
+        return {**whole, "batch": self.batch, **of_groups}
+
+    def with_groups(self, groups: Sequence[str]) -> GradientNoiseScale:
+        """The same for other groups: what was seen of the whole, and of groups of the same names, goes on."""
+        other = GradientNoiseScale(self.decay, groups).to(self.device)
+        places = {name: index for index, name in enumerate(("", *self.groups))}
+        for index, name in enumerate(("", *other.groups)):
+            if name in places:
+                for state in ("grad_sq", "trace", "updates"):
+                    getattr(other, state)[index] = getattr(self, state)[places[name]]
+        other.skipped, other.batch = self.skipped, self.batch
+        return other
+
+    def _with_whole(self, squares: Number) -> Tensor:
+        of_groups = self._double(squares)
+        return torch.cat([of_groups.sum().reshape(1), of_groups]) if self.groups else of_groups.reshape(1)
+
+    def _double(self, value: Number) -> Tensor:
+        # A number is filled in, not copied: a copy to the device would wait for it.
+        if isinstance(value, Tensor):
+            return value.to(self.device, torch.float64)
+        return torch.full((), value, dtype=torch.float64, device=self.device)
+
+
+class GradientNoiseMonitor(Callback):
+    """Measures the gradient noise scale of a training, without a further backward.
+
+    The small batches are the micro-batches of each process, the big one is what the optimizer steps with. So under DDP every step
+    has several; one process needs accumulation (``accumulate_grad_batches`` of 2 or more), and so do FSDP and FSDP2, where
+    only gradients that all processes have reduced can be seen. The loss is taken for the mean over a batch's samples.
+    Gradients are those before clipping, without Lightning's and mixed precision's scaling.
+
+    Logged to the module's loggers as often as Lightning logs (``log_every_n_steps``), after `GradientNoiseScale`'s names:
+    ``noise/scale``, ``noise/grad_sq``, ``noise/trace``, ``noise/snr`` and ``noise/batch``. The state is in the checkpoint, so
+    that a resumed run goes on with the same series.
+
+    A measured step costs one pass over the gradients for each micro-batch and one over their sum, and one small all-reduce where
+    there are several processes. The host waits for the device when values are logged or read, and not in between.
+
+    Args:
+        every_n_steps: optimizer steps from one measured step to the next.
+        decay: share of the past in the averages, 0 to below 1; 0.99 looks back over about 100 measured steps.
+        per_group: whether each parameter group of the optimizer has values of its own, ``noise/scale/NAME``; groups without
+            a name are ``pg1`` and so on.
+        batch_size: samples of a micro-batch on one process: a number, or a function of the batch. ``None`` takes the length that
+            all tensors of the batch have.
+
+    Raises:
+        ConfigError: for an option out of range. When training starts: where the noise cannot be seen (one gradient a step, manual
+            optimization, an optimizer with a closure, DeepSpeed). At the first step: for a batch whose size is not clear.
+        CheckpointError: on resume, for saved state that is not this callback's.
+
+    Attributes:
+        metric: the `GradientNoiseScale`, on the trainer's device; the same on every process.
+    """
+
+    def __init__(
+        self,
+        *,
+        every_n_steps: int = 1,
+        decay: float = 0.99,
+        per_group: bool = False,
+        batch_size: int | Callable[[Any], int] | None = None,
+    ) -> None:
+        if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
+            raise ConfigError(f"{every_n_steps!r} is no number of steps. Write a whole number from 1 on.", "every_n_steps")
+        if batch_size is not None and not callable(batch_size):
+            _check_size(batch_size, "Write a whole number from 1 on, a function of the batch, or nothing.")
+        self.metric = GradientNoiseScale(decay)
+        self.every_n_steps = every_n_steps
+        self.decay = decay
+        self.per_group = per_group
+        self.batch_size = batch_size
+        self._step: _Step | None = None
+        self._sees_own = True
+        self._is_new = False
+        self._fitting = True
+        self._said: set[str] = set()
+
+    def values(self) -> dict[str, float]:
+        """The smoothed values by the names under which they are logged, the same on every process; empty before the first.
+
+        Waits for the device, once. For reading at a step: from ``on_train_batch_end`` on it holds that step.
+        """
+        computed = self.metric.values()
+        found = torch.stack([*computed.values(), self.metric.updates[0], self.metric.skipped]).tolist()
+        *values, updates, skipped = found
+        if skipped:
+            self._warn(f"{skipped:.0f} steps had gradients that were not finite. Their noise is not counted.", "skipped")
+        return {f"noise/{name}": value for name, value in zip(computed, values, strict=True)} if updates else {}
+
+    # Lightning's hooks
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._fitting = stage == "fit"
+        if self._fitting:
+            strategies.warn_if_unseen()
+            self._drop()
+            self._is_new, self._said = False, set()
+            if not trainer.global_step:
+                self.metric = GradientNoiseScale(self.decay)  # another run than the one before, if there was one
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not pl_module.automatic_optimization:
+            raise ConfigError(
+                f"gradient noise is not available under manual optimization, where {type(pl_module).__name__} alone knows which "
+                "gradients make a step. Set automatic_optimization to true, or feed a GradientNoiseScale from training_step."
+            )
+        if trainer.strategy.root_device.type == "mps":
+            raise ConfigError("gradient noise is not available on mps, which has no float64. Train on a CPU or a GPU of CUDA.")
+        self._sees_own = strategies.hooks_see_own_gradients(trainer)
+        optimizer = strategies.running_optimizer(trainer)
+        if needs_closure(optimizer):
+            raise ConfigError(f"gradient noise is not available: {_of_closure(optimizer)} Choose another one.", "optimizer")
+        self._refuse_single(trainer, _most_accumulated(trainer), "a step", "Write 2 or more")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.metric.to(trainer.strategy.root_device)
+        self._refuse_single(trainer, trainer.num_training_batches, "an epoch", "Make the batches smaller")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if strategies.opens_accumulation_window(trainer, batch_idx):
+            self._open(trainer)
+        if self._step is not None:
+            self._step.samples = self._samples(batch)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._step is not None:
+            self._step.norms.begin()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._step is None:
+            return
+        is_last = strategies.closes_accumulation_window(trainer)
+        self._step.norms.end(is_last)
+        self._step.inverse_samples += 1 / self._step.samples
+        if is_last:
+            self._measure(trainer, self._step)
+            self._drop()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self._is_new and trainer.loggers and every and trainer.global_step % every == 0:
+            self._is_new = False
+            strategies.log_metrics(trainer, self.values(), trainer.global_step - 1)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.values()  # which says what was left out, where nothing was logged
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._drop()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._drop()
+
+    def state_dict(self) -> dict[str, Any]:
+        states = {name: getattr(self.metric, name).tolist() for name in _STATES}
+        return {"version": STATE_VERSION, "groups": list(self.metric.groups), **states}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._fitting:
+            self.metric = _restored(self.decay, state_dict)
+
+    # One step
+
+    def _open(self, trainer: Trainer) -> None:
+        self._drop()
+        if trainer.global_step % self.every_n_steps or self._is_single(trainer, trainer.accumulate_grad_batches):
+            return
+        optimizer = strategies.running_optimizer(trainer)
+        if needs_closure(optimizer):
+            self._warn(f"From step {trainer.global_step} on gradient noise is not measured: {_of_closure(optimizer)}", "closure")
+            return
+        groups = _groups(optimizer, self.per_group)
+        names = tuple(name for name in groups if name)
+        if names != self.metric.groups:  # at the first step, or after a switch
+            self.metric = self.metric.with_groups(names)
+        self._step = _Step(self._norms(trainer, list(groups.values())))
+
+    def _norms(self, trainer: Trainer, groups: list[list[Tensor]]) -> StepNorms:
+        device = trainer.strategy.root_device
+        if self._sees_own:
+            return OwnGradients(groups, device)
+        return ShardedGradients(groups, device, trainer.world_size, strategies.holders_of_plain_tensors(trainer))
+
+    def _measure(self, trainer: Trainer, step: _Step) -> None:
+        """Brings the processes' sums together and updates the metric.
+
+        Of ``n`` gradients whose mean is stepped with, the small batches' harmonic mean is ``b``, and ``n b`` is the big batch: for
+        batches of any sizes ``E mean|g_i|^2 = |G|^2 + tr(Sigma)/b`` and ``E|mean g_i|^2 = |G|^2 + tr(Sigma)/(n b)`` hold exactly.
+        """
+        norms, processes = step.norms, trainer.world_size
+        gradients = norms.micro_batches * (processes if self._sees_own else 1)
+        if gradients < 2:
+            return  # an epoch's rest
+        if norms.in_pieces:
+            self._warn(
+                "Some parameter's gradient came in several pieces, as under checkpointing with use_reentrant=True. The noise of "
+                "such steps is not counted. Set use_reentrant to false.",
+                "skipped",
+            )
+        big = norms.big / processes if self._sees_own else norms.big
+        inverse = torch.full((1,), step.inverse_samples, dtype=torch.float64, device=norms.device)
+        agreed = trainer.strategy.reduce(torch.cat([norms.small, big, inverse]), reduce_op="sum")
+        small, big, inverse = agreed.split([len(norms.groups), len(norms.groups), 1])
+        # One process's mean of 1/b; where only reduced gradients are seen, each is of all processes' batches.
+        inverse = inverse[0] / (norms.micro_batches * processes)
+        inverse = inverse if self._sees_own else inverse / strategies.processes_with_own_batches(trainer)
+        scale = strategies.gradient_scale(trainer)
+        self.metric.update(small / gradients / scale**2, big / (norms.micro_batches * scale) ** 2, 1 / inverse, gradients / inverse)
+        self._is_new = True
+
+    def _drop(self) -> None:
+        if self._step is not None:
+            self._step.norms.close()
+            self._step = None
+
+    def _samples(self, batch: Any) -> int:
+        if self.batch_size is None:
+            return _length(batch)
+        if not callable(self.batch_size):
+            return self.batch_size
+        return _check_size(self.batch_size(batch), "The function must return a whole number from 1 on.")
+
+    def _is_single(self, trainer: Trainer, micro_batches: float) -> bool:
+        return micro_batches < 2 and (not self._sees_own or trainer.world_size < 2)
+
+    def _refuse_single(self, trainer: Trainer, micro_batches: float, of: str, cure: str) -> None:
+        if not self._is_single(trainer, micro_batches):
+            return
+        where = "on one process" if self._sees_own else f"under {type(trainer.strategy).__name__}"
+        way = "train with DDP on several devices" if self._sees_own else "use DDP, where each process's own gradient is seen"
+        raise ConfigError(
+            f"gradient noise is not available: {micro_batches:g} batch {of} {where} gives one gradient, and noise shows between "
+            f"several. {cure}, or {way}.",
+            "trainer.accumulate_grad_batches",
+        )
+
+    def _warn(self, message: str, subject: str) -> None:
+        if subject not in self._said:
+            self._said.add(subject)
+            rank_zero_warn(message)
+
+
+@dataclasses.dataclass
+class _Step:
+    """A step that is being measured.
+
+    Args:
+        norms: of its gradients so far.
+        samples: of the batch that is being trained on.
+        inverse_samples: sum over the batches that are done of 1 over their samples.
+    """
+
+    norms: StepNorms
+    samples: int = 0
+    inverse_samples: float = 0.0
+
+
+def _groups(optimizer: Optimizer, per_group: bool) -> dict[str, list[Tensor]]:
+    """The trainable parameters of an optimizer by its groups' names; all of them under an empty name if not `per_group`."""
+    found: dict[str, list[Tensor]] = {}
+    for number, group in enumerate(optimizer.param_groups, start=1):
+        name = str(group.get("name") or f"pg{number}") if per_group else ""
+        found.setdefault(name, []).extend(tensor for tensor in group["params"] if tensor.requires_grad)
+    return found
+
+
+def _restored(decay: float, state: Mapping[str, Any]) -> GradientNoiseScale:
+    version = state.get("version")
+    if version != STATE_VERSION:
+        raise CheckpointError(f"the checkpoint holds GradientNoiseMonitor's state in version {version!r}, not {STATE_VERSION}.")
+    try:
+        metric = GradientNoiseScale(decay, [str(name) for name in state["groups"]])
+        for name in _STATES:
+            value = torch.tensor(state[name], dtype=torch.float64)
+            if value.shape != getattr(metric, name).shape:
+                raise ValueError(f"{name} has the shape {tuple(value.shape)}")
+            setattr(metric, name, value)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"GradientNoiseMonitor's state in the checkpoint is damaged: {error!r}.") from error
+    return metric
+
+
+def _length(batch: Any) -> int:
+    """The length that all tensors of a batch have."""
+    lengths = set(_lengths(batch))
+    if len(lengths) != 1:
+        found = f"tensors of lengths {', '.join(map(str, sorted(lengths)))}" if lengths else "no tensor"
+        raise ConfigError(
+            f"the number of samples is not clear from a batch ({type(batch).__name__}) with {found}. Give a number, or a function "
+            "of the batch.",
+            "batch_size",
+        )
+    return _check_size(lengths.pop(), "A batch needs samples.")
+
+
+def _lengths(batch: Any) -> Iterator[int]:
+    if isinstance(batch, Tensor):
+        yield from batch.shape[:1]
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _lengths(value)
+    elif isinstance(batch, Sequence) and not isinstance(batch, str):
+        for value in batch:
+            yield from _lengths(value)
+    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        yield from _lengths(vars(batch))
+
+
+def _check_size(size: Any, allowed: str) -> int:
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ConfigError(f"{size!r} is no number of samples. {allowed}", "batch_size")
+    return size
+
+
+def _of_closure(optimizer: Optimizer) -> str:
+    return f"{type(optimizer).__name__} evaluates several gradients in a step."
+
+
+def _most_accumulated(trainer: Trainer) -> int:
+    """Batches of a step, at their most where a callback changes them between epochs."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    schedules = [found.scheduling.values() for found in callbacks if isinstance(found, GradientAccumulationScheduler)]
+    return max([trainer.accumulate_grad_batches, *(most for values in schedules for most in values)])
