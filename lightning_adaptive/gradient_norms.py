@@ -9,6 +9,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -84,16 +85,35 @@ class StepNorms(ABC):
         return together.double().square().sum()
 
 
-class OwnGradients(StepNorms):
-    """On one process and under DDP: each process's own gradients, by hooks on the parameters.
+@dataclass(frozen=True)
+class Leaf:
+    """What autograd gives a gradient to: a parameter, or a vector of several that FSDP has flattened.
 
-    A hook sees a micro-batch's gradient before it is added to ``.grad``, and so before DDP reduces it. A parameter that is used
-    several times has one gradient, their sum. The hooks are there during the backward alone, so that no other call of autograd
-    (a gradient penalty, a validation) is taken for it.
+    Args:
+        tensor: the leaf.
+        pieces: numbers of its elements in their order, each with the index of the group that they belong to, if to any.
     """
 
-    def __init__(self, groups: Sequence[Sequence[Tensor]], device: torch.device) -> None:
+    tensor: Tensor
+    pieces: Sequence[tuple[int, int | None]]
+
+
+class OwnGradients(StepNorms):
+    """On one process, under DDP and FSDP: each process's own gradients, by hooks on what autograd gives them to.
+
+    A hook sees a micro-batch's gradient before it is added to ``.grad``, and so before it is reduced. A parameter that is used
+    several times has one gradient, their sum. The hooks are there during the backward alone, so that no other call of autograd
+    (a gradient penalty, a validation) is taken for it.
+
+    Args:
+        groups: the parameters, by group.
+        device: where the sums lie.
+        leaves: what has hooks.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[Tensor]], device: torch.device, leaves: Sequence[Leaf]) -> None:
         super().__init__(groups, device)
+        self._leaves = leaves
         self._handles: list[RemovableHandle] = []
         self._norms: list[list[Tensor]] = []
         self._seen: set[int] = set()
@@ -101,22 +121,25 @@ class OwnGradients(StepNorms):
     def begin(self) -> None:
         self.close()
         self._norms, self._seen = [[] for _ in self.groups], set()
-        for index, group in enumerate(self.groups):
-            for parameter in group:
-                self._handles.append(parameter.register_hook(functools.partial(self._take, index, id(parameter))))
+        self._handles = [leaf.tensor.register_hook(functools.partial(self._take, leaf)) for leaf in self._leaves]
 
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
-    def _take(self, index: int, parameter: int, grad: Tensor) -> None:
+    def _take(self, leaf: Leaf, grad: Tensor) -> None:
         # No reference to the gradient is kept: autograd would have to copy it into .grad.
-        self._norms[index] += _norms(grad)
-        if parameter in self._seen:
+        is_whole = len(leaf.pieces) == 1
+        parts = [grad] if is_whole else grad.split([count for count, _ in leaf.pieces])
+        found = [(index, part) for (_, index), part in zip(leaf.pieces, parts, strict=True) if index is not None]
+        for index, part in found:
+            self._norms[index] += _norms(part)
+        if id(leaf) in self._seen:
             self.in_pieces = True
-            self._norms[index].append(torch.full((), math.nan, device=grad.device))
-        self._seen.add(parameter)
+            for index, _ in found:
+                self._norms[index].append(torch.full((), math.nan, device=grad.device))
+        self._seen.add(id(leaf))
 
     def _of_micro_batch(self, is_last: bool) -> Tensor:
         self.close()
@@ -125,7 +148,7 @@ class OwnGradients(StepNorms):
 
 
 class ShardedGradients(StepNorms):
-    """Under FSDP and FSDP2: gradients that all processes have reduced, of which each holds its shard in ``.grad``.
+    """Under FSDP2: gradients that all processes have reduced, of which each holds its shard in ``.grad``.
 
     A micro-batch's gradient is what it adds to ``.grad``; for that a copy of the shard is kept from one micro-batch to the next.
     The sum of a value over all processes is that of the whole parameters.
@@ -134,14 +157,11 @@ class ShardedGradients(StepNorms):
         groups: the parameters, by group.
         device: where the sums lie.
         processes: number of all processes.
-        holders: number of processes that hold the same plain tensor: 1 where that is a shard, as FSDP makes them; all of them
-            under FSDP2, whose shards are DTensors.
     """
 
-    def __init__(self, groups: Sequence[Sequence[Tensor]], device: torch.device, processes: int, holders: int) -> None:
+    def __init__(self, groups: Sequence[Sequence[Tensor]], device: torch.device, processes: int) -> None:
         super().__init__(groups, device)
         self._processes = processes
-        self._holders = holders
         self._before: dict[int, Tensor] = {}
 
     def begin(self) -> None:
@@ -162,7 +182,7 @@ class ShardedGradients(StepNorms):
 
     def _copies(self, grad: Tensor) -> int:
         if not isinstance(grad, DTensor):
-            return self._holders
+            return self._processes
         mesh = grad.device_mesh
         repeats = (size for size, placement in zip(mesh.shape, grad.placements, strict=True) if isinstance(placement, Replicate))
         return math.prod(repeats) * self._processes // mesh.size()

@@ -17,7 +17,7 @@ from torchmetrics import Metric
 from lightning_adaptive import strategies
 from lightning_adaptive.combined import needs_closure
 from lightning_adaptive.errors import CheckpointError, ConfigError, ConfigTypeError
-from lightning_adaptive.gradient_norms import OwnGradients, ShardedGradients, StepNorms
+from lightning_adaptive.gradient_norms import Leaf, OwnGradients, ShardedGradients, StepNorms
 
 STATE_VERSION = 1
 """Version of the callback's saved state; CONTRIBUTING.md says what happens when it changes."""
@@ -177,8 +177,8 @@ class GradientNoiseScale(Metric):
 class GradientNoiseMonitor(Callback):
     """Measures the gradient noise scale of a training, without a further backward.
 
-    The small batches are the micro-batches of each process, the big one is what the optimizer steps with. So under DDP every step
-    has several; one process needs accumulation (``accumulate_grad_batches`` of 2 or more), and so do FSDP and FSDP2, where
+    The small batches are the micro-batches of each process, the big one is what the optimizer steps with. So under DDP and FSDP
+    every step has several; one process needs accumulation (``accumulate_grad_batches`` of 2 or more), and so does FSDP2, where
     only gradients that all processes have reduced can be seen. The loss is taken for the mean over a batch's samples.
     Gradients are those before clipping, without Lightning's and mixed precision's scaling.
 
@@ -238,7 +238,8 @@ class GradientNoiseMonitor(Callback):
         found = torch.stack([*computed.values(), self.metric.updates[0], self.metric.skipped]).tolist()
         *values, updates, skipped = found
         if skipped:
-            self._warn(f"{skipped:.0f} steps had gradients that were not finite. Their noise is not counted.", "skipped")
+            steps = f"{skipped:.0f} steps" if skipped > 1 else "1 step"
+            self._warn(f"{steps} had gradients that were not finite. Such a step's noise is not counted.", "skipped")
         return {f"noise/{name}": value for name, value in zip(computed, values, strict=True)} if updates else {}
 
     # Lightning's hooks
@@ -259,7 +260,10 @@ class GradientNoiseMonitor(Callback):
                 "gradients make a step. Set automatic_optimization to true, or feed a GradientNoiseScale from training_step."
             )
         if trainer.strategy.root_device.type == "mps":
-            raise ConfigError("gradient noise is not available on mps, which has no float64. Train on a CPU or a GPU of CUDA.")
+            raise ConfigError(
+                "gradient noise is not available on mps, which has no float64. Train on a CPU or a GPU of CUDA.",
+                "trainer.accelerator",
+            )
         self._sees_own = strategies.hooks_see_own_gradients(trainer)
         optimizer = strategies.running_optimizer(trainer)
         if needs_closure(optimizer):
@@ -331,9 +335,9 @@ class GradientNoiseMonitor(Callback):
 
     def _norms(self, trainer: Trainer, groups: list[list[Tensor]]) -> StepNorms:
         device = trainer.strategy.root_device
-        if self._sees_own:
-            return OwnGradients(groups, device)
-        return ShardedGradients(groups, device, trainer.world_size, strategies.holders_of_plain_tensors(trainer))
+        if not self._sees_own:
+            return ShardedGradients(groups, device, trainer.world_size)
+        return OwnGradients(groups, device, _leaves(groups, strategies.flat_parameters(trainer)))
 
     def _measure(self, trainer: Trainer, step: _Step) -> None:
         """Brings the processes' sums together and updates the metric.
@@ -347,11 +351,11 @@ class GradientNoiseMonitor(Callback):
             return  # an epoch's rest
         if norms.in_pieces:
             self._warn(
-                "Some parameter's gradient came in several pieces, as under checkpointing with use_reentrant=True. The noise of "
-                "such steps is not counted. Set use_reentrant to false.",
+                "Some parameter's gradient came in several pieces, as under checkpointing with use_reentrant=True. Such a "
+                "step's noise is not counted. Set use_reentrant to false.",
                 "skipped",
             )
-        big = norms.big / processes if self._sees_own else norms.big
+        big = norms.big if strategies.holds_shards(trainer) else norms.big / processes
         inverse = torch.full((1,), step.inverse_samples, dtype=torch.float64, device=norms.device)
         agreed = trainer.strategy.reduce(torch.cat([norms.small, big, inverse]), reduce_op="sum")
         small, big, inverse = agreed.split([len(norms.groups), len(norms.groups), 1])
@@ -416,6 +420,17 @@ def _groups(optimizer: Optimizer, per_group: bool) -> dict[str, list[Tensor]]:
         name = str(group.get("name") or f"pg{number}") if per_group else ""
         found.setdefault(name, []).extend(tensor for tensor in group["params"] if tensor.requires_grad)
     return found
+
+
+def _leaves(groups: Sequence[Sequence[Tensor]], flat: Sequence[tuple[Tensor, Sequence[tuple[Tensor | None, int]]]]) -> list[Leaf]:
+    """What autograd gives the groups' gradients to: the parameters themselves, or the vectors that hold them."""
+    places = {id(tensor): index for index, group in enumerate(groups) for tensor in group}
+    vectors = [Leaf(vector, [(count, places.get(id(tensor))) for tensor, count in members]) for vector, members in flat]
+    held = {id(tensor) for _, members in flat for tensor, _ in members}
+    return [
+        *vectors,
+        *(Leaf(tensor, [(tensor.numel(), places[id(tensor)])]) for group in groups for tensor in group if id(tensor) not in held),
+    ]
 
 
 def _restored(decay: float, state: Mapping[str, Any]) -> GradientNoiseScale:

@@ -197,7 +197,7 @@ def gradient_scale(trainer: Trainer) -> Tensor:
 
 
 def hooks_see_own_gradients(trainer: Trainer) -> bool:
-    """Whether a hook on a parameter sees the whole gradient of this process's own batch; else ``.grad`` has shards of all's.
+    """Whether hooks see the gradient of each process's own batch, before all have reduced it.
 
     Raises:
         ConfigError: for a strategy on which a step's gradients cannot be seen, or are not their mean.
@@ -205,6 +205,11 @@ def hooks_see_own_gradients(trainer: Trainer) -> bool:
     strategy: Any = trainer.strategy
     name = type(strategy).__name__
     base = next((base for base in type(strategy).__mro__ if base in PLACEMENTS), None)
+    if base is None:
+        raise ConfigError(
+            f"gradient noise is not available on {name}. Available: one process, DDP, FSDP, FSDP2, and what is derived from them.",
+            "trainer.strategy",
+        )
     if base is DeepSpeedStrategy:
         raise ConfigError(
             f"gradient noise is not available under {name}, which frees gradients when it has reduced them. Use one process with "
@@ -213,15 +218,39 @@ def hooks_see_own_gradients(trainer: Trainer) -> bool:
         )
     if base is FSDPStrategy:
         _refuse_copied_shards(strategy)
-        return False
     if base is DDPStrategy and strategy._ddp_comm_hook is not None:
         _refuse_other_means(strategy._ddp_comm_hook)
-    if base is None:
-        raise ConfigError(
-            f"gradient noise is not available on {name}. Available: one process, DDP, FSDP, FSDP2, and what is derived from them.",
-            "trainer.strategy",
-        )
     return base is not ModelParallelStrategy
+
+
+def holds_shards(trainer: Trainer) -> bool:
+    """Whether each process holds only a part of the gradient that the optimizer steps with."""
+    return isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
+
+
+def flat_parameters(trainer: Trainer) -> list[tuple[Tensor, list[tuple[Tensor | None, int]]]]:
+    """The vectors that FSDP has flattened parameters into, each with these parameters and their numbers of elements.
+
+    Padding has no parameter. Without FSDP there are none.
+    """
+    if not isinstance(trainer.strategy, FSDPStrategy):
+        return []
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = trainer.strategy.model
+    assert model is not None
+    units: list[Any] = FullyShardedDataParallel.fsdp_modules(model)
+    return [(unit._handle.flat_param, _flattened(unit._handle.flat_param)) for unit in units if unit._handle is not None]
+
+
+def _flattened(flat: Any) -> list[tuple[Tensor | None, int]]:
+    if flat._params is None:  # without use_orig_params the optimizer has the vectors themselves
+        return [(flat, sum(flat._numels_with_padding))]
+    parameters = iter(flat._params)
+    return [
+        (None if is_padding else next(parameters), count)
+        for is_padding, count in zip(flat._is_padding_mask, flat._numels_with_padding, strict=True)
+    ]
 
 
 def _refuse_copied_shards(strategy: FSDPStrategy) -> None:
@@ -244,11 +273,6 @@ def _refuse_other_means(comm_hook: Callable[..., Any]) -> None:
             "fp16_compress_hook or bf16_compress_hook.",
             "trainer.strategy.ddp_comm_hook",
         )
-
-
-def holders_of_plain_tensors(trainer: Trainer) -> int:
-    """How many processes hold the same tensor, where it is no DTensor: 1 under FSDP, whose plain tensors are shards."""
-    return trainer.world_size if isinstance(trainer.strategy, ModelParallelStrategy) else 1
 
 
 def processes_with_own_batches(trainer: Trainer) -> int:

@@ -19,14 +19,16 @@ from lightning.fabric.strategies.launchers.subprocess_script import _ChildProces
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops.loop import _Loop
-from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.optim import SGD
 
 from lightning_adaptive.checkpoints import METADATA
-from lightning_adaptive.strategies import SEEN, read_metadata, warn_if_unseen
+from lightning_adaptive.strategies import SEEN, flat_parameters, read_metadata, warn_if_unseen
 from tests.cpu_strategies import STRATEGIES, ShardableNet
 from tests.pair import Pair
 from tests.support import ROOT, Net, loader, trainer
@@ -175,6 +177,25 @@ def test_the_counters_of_a_checkpoint_have_the_names_that_are_repaired() -> None
         assert state[name]["total"].keys() == state[name]["current"].keys()
     assert state["epoch_loop.batch_progress"]["is_last_batch"] is True
     assert state["epoch_loop.state_dict"] == {"_batches_that_stepped": 8}
+
+
+def test_names_that_tell_a_step_s_gradients(pair: Pair) -> None:
+    assert "_should_accumulate" in vars(_TrainingEpochLoop)
+    assert DDPStrategy(ddp_comm_hook=print)._ddp_comm_hook is print
+    assert pair.run(flattened) == [[(676, [512, 32, 128, 4])]] * 2
+
+
+def flattened() -> list[tuple[int, list[int]]]:
+    """Elements of FSDP's flat vectors, and of the parameters in them."""
+    found: list[tuple[int, list[int]]] = []
+
+    class Looking(Callback):
+        def on_before_backward(self, trainer: Trainer, *_: Any) -> None:
+            found.extend((sum(count for _, count in held), [count for _, count in held]) for _, held in flat_parameters(trainer))
+
+    runner = trainer(strategy=STRATEGIES["fsdp sharded"](), devices=2, max_epochs=1, limit_train_batches=1, callbacks=[Looking()])
+    runner.fit(Net(), loader())
+    return found
 
 
 def test_the_fit_loop_does_not_listen_to_restarting_under_max_steps() -> None:
