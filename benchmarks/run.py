@@ -9,6 +9,7 @@ import command_time
 import exact_resume_time
 import import_time
 import lightning
+import noise_time
 import scheduler_time
 import step_time
 import torch
@@ -23,7 +24,7 @@ def main() -> None:
         f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, lightning {lightning.__version__}\n"
     )
     print(HEADER)
-    for measurement in (step_time, exact_resume_time, scheduler_time, import_time, command_time):
+    for measurement in (step_time, exact_resume_time, scheduler_time, noise_time, import_time, command_time):
         for ratio in measurement.measure(pairs):
             print(ratio, flush=True)
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ from lightning_adaptive.noise import estimates
 from lightning_adaptive.report import read_curves
 from tests.cpu_strategies import STRATEGIES, CpuFSDP, ShardableNet
 from tests.pair import Pair
-from tests.support import Net, dataset, loader, trainer
+from tests.support import ROOT, Net, dataset, loader, trainer
 
 Batch = tuple[Tensor, Tensor]
 
@@ -972,3 +973,11 @@ def test_sizes_are_read_off_nested_batches() -> None:
 
     for batch in (torch.zeros(5), {"a": [torch.zeros(5, 2), "text", 3], "b": torch.tensor(1.0)}, Item(torch.zeros(5, 1))):
         assert GradientNoiseMonitor()._samples(batch) == 5
+
+
+def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "gradient_noise.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    exec(code, {"model": Net(), "loader": loader(size=512)})
+    assert float(capsys.readouterr().out.splitlines()[-1]) > 0
