@@ -204,7 +204,7 @@ def _pieces(values: Tensor) -> Iterator[Tensor]:
     """Views of a tensor, small enough for the CPU."""
     if values.device.type != "cpu" or values.numel() <= _PIECE:
         yield values
-    elif values.is_contiguous():
-        yield from values.view(-1).split(_PIECE)
-    else:
-        yield from values.split(max(1, _PIECE * len(values) // values.numel()))
+        return
+    # In the order of memory a transposed weight, or one in channels_last, is flat without a copy.
+    ordered = values.permute(sorted(range(values.dim()), key=values.stride, reverse=True))
+    yield from ordered.reshape(-1).split(_PIECE)
