@@ -1,6 +1,6 @@
 """Squared norms of gradients while a step accumulates them: of each micro-batch, and of all together.
 
-Nothing here waits for the device, and only shards are ever copied.
+Nothing here waits for the device, and of what is copied there is little: small gradients, and shards.
 """
 
 from __future__ import annotations
@@ -8,13 +8,20 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils.hooks import RemovableHandle
+
+_HALF = (torch.float16, torch.bfloat16)
+
+_SMALL = 2**15
+"""Elements of a gradient that is kept to the end of the backward, where the norms of all such are one operation.
+
+Autograd has to copy such a gradient into an empty ``.grad``, so larger ones are looked at at once."""
 
 _PIECE = 2**17
 """Elements of a sum in float32 on the CPU, which adds one after the other: 10 million lose 7e-4 of their sum, pieces 1e-6."""
@@ -32,13 +39,19 @@ class StepNorms(ABC):
         self.groups = groups
         self.device = device
         self.micro_batches = 0
+        self._copies: Callable[[Tensor], int] | None = None
+        """How many processes hold each element of a gradient, of whose squares this one's share is then only a part."""
         self.in_pieces = False
         """Whether some parameter got its gradient in several pieces, whose norm cannot be told: it is then not a number."""
         self._small = torch.zeros(len(groups), dtype=torch.float64, device=device)
 
     @abstractmethod
-    def begin(self) -> None:
-        """Called before each backward."""
+    def begin(self, is_alone: bool) -> None:
+        """Called before each backward.
+
+        Args:
+            is_alone: whether it leaves in ``.grad`` what this process has computed, whole and not reduced.
+        """
 
     def end(self, is_last: bool) -> None:
         """Called after each backward.
@@ -66,14 +79,10 @@ class StepNorms(ABC):
     @abstractmethod
     def _of_micro_batch(self, is_last: bool) -> Tensor: ...
 
-    def _copies(self, grad: Tensor) -> int:
-        """How many processes hold each element of a gradient, of whose squares this process's share is then only a part."""
-        return 1
-
     def _squared(self, grads: Mapping[int, Tensor]) -> Tensor:
         """Squared norms of gradients by their parameters' ``id``, one value for each group."""
-        of_groups = ([grads[id(tensor)] for tensor in group if id(tensor) in grads] for group in self.groups)
-        return self._summed([[norm for grad in group for norm in _norms(grad, self._copies(grad))] for group in of_groups])
+        of_groups = [[grads[id(tensor)] for tensor in group if id(tensor) in grads] for group in self.groups]
+        return self._summed([_norms(group, self._copies) for group in of_groups])
 
     def _summed(self, norms: Sequence[Sequence[Tensor]]) -> Tensor:
         return torch.stack([self._sum_of_squares(of_group) for of_group in norms])
@@ -103,7 +112,8 @@ class OwnGradients(StepNorms):
 
     A hook sees a micro-batch's gradient before it is added to ``.grad``, and so before it is reduced. A parameter that is used
     several times has one gradient, their sum. The hooks are there during the backward alone, so that no other call of autograd
-    (a gradient penalty, a validation) is taken for it.
+    (a gradient penalty, a validation) is taken for it. None are needed where the micro-batch's gradient is all that is in ``.grad``
+    afterwards, as that of a step's first.
 
     Args:
         groups: the parameters, by group.
@@ -114,36 +124,44 @@ class OwnGradients(StepNorms):
     def __init__(self, groups: Sequence[Sequence[Tensor]], device: torch.device, leaves: Sequence[Leaf]) -> None:
         super().__init__(groups, device)
         self._leaves = leaves
+        self._listens = True
         self._handles: list[RemovableHandle] = []
         self._norms: list[list[Tensor]] = []
+        self._kept: list[list[Tensor]] = []
         self._seen: set[int] = set()
 
-    def begin(self) -> None:
+    def begin(self, is_alone: bool) -> None:
         self.close()
-        self._norms, self._seen = [[] for _ in self.groups], set()
+        self._listens = not is_alone or any(tensor.grad is not None for group in self.groups for tensor in group)
+        if not self._listens:
+            return
+        self._norms, self._kept, self._seen = [[] for _ in self.groups], [[] for _ in self.groups], set()
         self._handles = [leaf.tensor.register_hook(functools.partial(self._take, leaf)) for leaf in self._leaves]
 
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._kept = [], []
 
     def _take(self, leaf: Leaf, grad: Tensor) -> None:
-        # No reference to the gradient is kept: autograd would have to copy it into .grad.
-        is_whole = len(leaf.pieces) == 1
-        parts = [grad] if is_whole else grad.split([count for count, _ in leaf.pieces])
-        found = [(index, part) for (_, index), part in zip(leaf.pieces, parts, strict=True) if index is not None]
-        for index, part in found:
-            self._norms[index] += _norms(part)
-        if id(leaf) in self._seen:
-            self.in_pieces = True
-            for index, _ in found:
+        parts = [grad] if len(leaf.pieces) == 1 else grad.split([count for count, _ in leaf.pieces])
+        for (count, index), part in zip(leaf.pieces, parts, strict=True):
+            if index is None:
+                continue
+            if count <= _SMALL and len(parts) == 1:
+                self._kept[index].append(grad)  # itself, and no view: then autograd knows, and does not give its memory to .grad
+            else:
+                self._norms[index] += _norms([part])
+            if id(leaf) in self._seen:
+                self.in_pieces = True
                 self._norms[index].append(torch.full((), math.nan, device=grad.device))
         self._seen.add(id(leaf))
 
     def _of_micro_batch(self, is_last: bool) -> Tensor:
+        if not self._listens:
+            return self.big
+        norms = [[*norms, *_norms(kept)] for norms, kept in zip(self._norms, self._kept, strict=True)]
         self.close()
-        norms, self._norms = self._norms, []
         return self._summed(norms)
 
 
@@ -162,9 +180,10 @@ class ShardedGradients(StepNorms):
     def __init__(self, groups: Sequence[Sequence[Tensor]], device: torch.device, processes: int) -> None:
         super().__init__(groups, device)
         self._processes = processes
+        self._copies = self._holders
         self._before: dict[int, Tensor] = {}
 
-    def begin(self) -> None:
+    def begin(self, is_alone: bool) -> None:
         """Nothing: all that is looked at lies in ``.grad`` afterwards."""
 
     def close(self) -> None:
@@ -180,7 +199,7 @@ class ShardedGradients(StepNorms):
         self._before = {} if is_last else {key: tensor.clone() for key, tensor in now.items()}
         return squared
 
-    def _copies(self, grad: Tensor) -> int:
+    def _holders(self, grad: Tensor) -> int:
         if not isinstance(grad, DTensor):
             return self._processes
         mesh = grad.device_mesh
@@ -188,16 +207,24 @@ class ShardedGradients(StepNorms):
         return math.prod(repeats) * self._processes // mesh.size()
 
 
-def _norms(grad: Tensor, copies: int = 1) -> list[Tensor]:
-    """Norms of a gradient's pieces, so that their squares add up to its own; of one that several processes hold, to their share."""
+def _norms(grads: Iterable[Tensor], copies: Callable[[Tensor], int] | None = None) -> list[Tensor]:
+    """Norms of gradients' pieces, so that their squares add up; of what several processes hold, to this one's share."""
+    pieces = [(piece, copies(grad) if copies else 1) for grad in grads for piece in _pieces(_values(grad))]
+    norms: list[Tensor] = []
+    for is_half in (False, True):
+        alike = [(piece, count) for piece, count in pieces if (piece.dtype in _HALF) is is_half]
+        if alike:
+            found = torch._foreach_norm([piece for piece, _ in alike], 2, dtype=torch.float32 if is_half else None)
+            norms += [norm if count == 1 else norm / math.sqrt(count) for norm, (_, count) in zip(found, alike, strict=True)]
+    return norms
+
+
+def _values(grad: Tensor) -> Tensor:
+    """What this process holds of a gradient, dense."""
     values = grad.detach()
     if isinstance(values, DTensor):
         values = values.to_local()
-    if values.is_sparse:
-        values = values.coalesce().values()
-    is_half = values.dtype in (torch.float16, torch.bfloat16)
-    norms = torch._foreach_norm(list(_pieces(values)), 2, dtype=torch.float32 if is_half else None)
-    return list(norms) if copies == 1 else [norm / math.sqrt(copies) for norm in norms]
+    return values.coalesce().values() if values.is_sparse else values
 
 
 def _pieces(values: Tensor) -> Iterator[Tensor]:

@@ -282,7 +282,8 @@ class GradientNoiseMonitor(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._step is not None:
-            self._step.norms.begin()
+            is_reduced = trainer.world_size > 1 and strategies.closes_accumulation_window(trainer)
+            self._step.norms.begin(is_alone=not is_reduced and not strategies.holds_shards(trainer))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._step is None:

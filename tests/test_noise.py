@@ -417,7 +417,7 @@ def test_norms_of_large_gradients_are_exact(turned: bool) -> None:
     """In one piece, torch 2.13 loses 7e-4 of the sum of 10 million squares on a CPU."""
     grad = torch.randn(2000, 2000, generator=torch.Generator().manual_seed(0)) * 1e-3
     grad = grad.t() if turned else grad
-    found = sum(float(norm) ** 2 for norm in _norms(grad))
+    found = sum(float(norm) ** 2 for norm in _norms([grad]))
     assert found == pytest.approx(float(grad.double().square().sum()), rel=1e-5)
     assert float(torch.linalg.vector_norm(grad)) ** 2 != pytest.approx(found, rel=1e-4)
 
@@ -672,7 +672,7 @@ def test_there_is_one_reduction_in_a_measured_step(pair: Pair) -> None:
 def test_nothing_is_left_behind_by_a_backward_that_fails() -> None:
     class Failing(Still):
         def on_before_backward(self, loss: Tensor) -> None:
-            if self.global_step == 1:
+            if self.global_step == 1 and self.trainer.fit_loop.batch_idx % 2:
                 assert not no_hooks(self), "the test looks where the hooks are"
                 loss.register_hook(self.fail)
 
@@ -707,7 +707,8 @@ def test_hooks_are_there_in_the_backward_of_measured_steps_alone() -> None:
     module, monitor = Watching(), GradientNoiseMonitor(every_n_steps=2)
     runner = trainer(max_epochs=1, accumulate_grad_batches=2, callbacks=[monitor], val_check_interval=1, num_sanity_val_steps=2)
     runner.fit(module, loader(), loader())
-    assert module.hooked == [True, True, False, False, True, True, False, False]
+    # The gradient of a step's first batch is all that lies in .grad, and is read there.
+    assert module.hooked == [False, True, False, False, False, True, False, False]
     assert float(monitor.metric.updates[0]) == 2
 
 
