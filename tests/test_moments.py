@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -395,6 +396,19 @@ def test_the_product_of_nadams_momenta_is_its_own(beta1: float, momentum_decay: 
     for one, other in zip(tensors, others, strict=True):
         own = nadam.state[other]["mu_product"]
         torch.testing.assert_close(following.state[one]["mu_product"], own, rtol=1e-5, atol=0)
+
+
+def test_from_nadam_to_nadam_the_product_is_kept_where_it_is_the_same() -> None:
+    tensors = parameters()
+    running = NAdam(tensors, lr=0.01)
+    stepped(running, 3)
+    same_betas, others = NAdam(tensors, lr=0.1), NAdam(tensors, lr=0.1, betas=(0.5, 0.999))
+    carry(running, same_betas)
+    carry(running, others)
+    for one in tensors:
+        assert same_betas.state[one]["mu_product"] is running.state[one]["mu_product"]
+        product = math.prod(0.5 * (1 - 0.5 * 0.96 ** (step * 4e-3)) for step in (1, 2, 3))
+        assert float(others.state[one]["mu_product"]) == pytest.approx(product, rel=1e-6)
 
 
 UNINTERRUPTED: dict[str, tuple[Callable[..., Optimizer], Callable[..., Optimizer], dict[str, Any]]] = {
