@@ -506,6 +506,13 @@ class OptimizerSwitchCallback(Callback):
                     f"SWATS looks at steps of Adam, AdamW, NAdam or RAdam, and the running optimizer is {class_name(running)}.",
                     "when",
                 )
+            found_per = {trigger.per for trigger in switch.when.projecting()}
+            if handover.lr == "match_projection" and handover.per in ("model", "group") and handover.per not in found_per:
+                raise ConfigError(
+                    f"the handover takes a learning rate per {handover.per}, and SWATS finds one per "
+                    f"{', '.join(sorted(found_per))}. Give both the same.",
+                    "handover.per",
+                )
             placement.check_state("SWATS", "when")
             placement.check_gradients(running, "when")
 

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import StepLR
 
 from lightning_adaptive import Cosine, OptimizerSwitchCallback, attach
 from lightning_adaptive.plan import Plan, plan
-from lightning_adaptive.report import PhaseReport, RunReport, picture, read_curves, table, write_result
+from lightning_adaptive.report import PhaseReport, RunReport, explanations, picture, read_curves, table, write_result
 from tests.support import ValidatedNet, loader, trainer
 
 
@@ -136,3 +136,18 @@ def test_the_picture_is_drawn_from_what_the_logger_wrote(tmp_path: Path) -> None
     metrics.write_text("epoch,step\n", encoding="utf-8")
     picture(metrics, PHASES[:1], None, tmp_path / "empty.png")
     assert (tmp_path / "empty.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_lines_below_the_table_explain_each_phase(tmp_path: Path) -> None:
+    _, report = run(tmp_path)
+    assert [phase.decays for phase in report.phases] == [[0.0], [0.0]]
+    assert explanations(report.phases) == ["phase 2  because at=50% was reached; lr own, momentum zero"]
+    waiting = replace(report.phases[0], seen={"val/loss": 0.123456, "waited": 2})
+    assert explanations([waiting]) == ["phase 1  the trigger last saw val/loss 0.1235, waited 2"]
+
+
+def test_the_noise_has_a_column_where_it_was_measured() -> None:
+    phases = [PhaseReport(1, "Adam", "constant", 0), PhaseReport(2, "SGD", "constant", 8, noise=123.4)]
+    header, rows = table(phases, None)
+    assert (header[-1], [row[-1] for row in rows]) == ("noise scale", ["-", "123"])
+    assert table(phases[:1], None)[0][-1] == "state"

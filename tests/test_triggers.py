@@ -428,7 +428,7 @@ def settled(seen: Sequence[tuple[float, float]], window: int, rtol: float, patie
     agreed = 0
     for looks in range(1, len(seen) + 1):
         short, long = ratio(looks, window), ratio(looks, 10 * window)
-        agrees = looks >= 2 * window and abs(long - short) <= rtol * long
+        agrees = looks >= 5 * window and abs(long - short) <= rtol * long
         agreed = agreed + 1 if agrees else 0
         if agreed == patience:
             return looks
@@ -446,8 +446,8 @@ def test_the_relative_criterion_is_its_definition(seen: list[tuple[float, float]
 @given(st.integers(2, 40), st.integers(1, 30), st.floats(1e-6, 1e6), st.floats(1e-6, 1e6))
 def test_a_constant_settles_as_early_as_can_be(window: int, patience: int, update: float, along: float) -> None:
     trigger = Swats(window=window, patience=patience)
-    memories = looked(trigger, [(update, along)] * (2 * window + patience))
-    assert fired_at(memories) == 2 * window + patience - 1
+    memories = looked(trigger, [(update, along)] * (5 * window + patience))
+    assert fired_at(memories) == 5 * window + patience - 1
     assert trigger.estimate(memories[-1]) == {"": pytest.approx(update / along, rel=1e-9)}
 
 
@@ -870,6 +870,46 @@ def test_the_command_line_switches_by_a_trigger(
     assert f"because {words}" in caplog.text
     [folder] = runs(tmp_path)
     assert [phase["optimizer"] for phase in result(folder)["phases"]] == ["Adam", "SGD"]
+
+
+def test_swats_and_the_handover_find_a_learning_rate_for_the_same() -> None:
+    with pytest.raises(ConfigError) as caught:
+        fit(ValidatedNet(), switch(Swats(per="group"), handover="swats"))
+    assert str(caught.value) == (
+        "switch.handover.per: the handover takes a learning rate per model, and SWATS finds one per group. Give both the same."
+    )
+
+
+@pytest.mark.parametrize("scheduler", [None, Cosine(warmup="4st")])
+def test_swats_sees_the_step_that_was_made(scheduler: Any) -> None:
+    """A scheduler has changed the learning rate by the end of the batch."""
+
+    class Compares(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+            self.before = [parameter.detach().clone() for parameter in pl_module.parameters()]
+
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            moved = [(a.detach() - b).double().flatten() for a, b in zip(pl_module.parameters(), self.before, strict=True)]
+            gradients = [parameter.grad.double().flatten() for parameter in pl_module.parameters() if parameter.grad is not None]
+            expected = sum(float(p @ p) for p in moved) / -sum(float(p @ g) for p, g in zip(moved, gradients, strict=True))
+            seen.append((watching.shows["gamma"], expected))
+
+    class Gamma(Swats):
+        """Shows the last step alone."""
+
+        def shows(self, memory: Mapping[str, Any]) -> dict[str, float]:
+            return {"gamma": memory["gamma"]}
+
+        def _observe(self, memory: Mapping[str, Any], what: Seen) -> dict[str, Any]:
+            assert what.projections is not None
+            return {**memory, "gamma": what.projections[""].update / what.projections[""].along}
+
+    seen: list[tuple[float, float]] = []
+    watching = switch(Gamma())
+    module = attach(ValidatedNet(), optimizer=partial(Adam, lr=1e-2), scheduler=scheduler)
+    fit(module, watching, Compares(), max_epochs=2)
+    assert len(seen) == 16
+    assert [gamma for gamma, _ in seen] == pytest.approx([expected for _, expected in seen], rel=1e-3)
 
 
 # The gradient noise
