@@ -47,7 +47,7 @@ MISTAKES: list[tuple[str, str]] = [
     (
         "switch=null",
         "switch=null: 'null' is not the name of a file of switch. Choices: adam_to_lbfgs, adam_to_sgd, adamw_to_sgd, lower_lr, "
-        "none, plateau, sgd_to_adam, swats, three_phases.",
+        "noise, none, plateau, sgd_to_adam, swats, three_phases.",
     ),
     (
         "optimizer@switch.optimzer=sgd",

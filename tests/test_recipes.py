@@ -96,10 +96,14 @@ def test_recipes_differ_in_their_phases_only(recipe: str) -> None:
     """So that the rows can be compared: the same data, net and number of steps."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         ours, first = (compose("train", [f"recipe={name}"]) for name in (recipe, RECIPES[0]))
+    assert ours.task.data.batch_size * ours.trainer.accumulate_grad_batches == 32
+    if recipe == "digits_noise":  # it sees the noise between two halves of a batch
+        ours.task.data.batch_size, ours.trainer.accumulate_grad_batches = 32, 1
+        del ours.callbacks.noise
     for key in ("task", "trainer", "callbacks", "param_groups"):
         assert OmegaConf.to_container(ours[key], resolve=False) == OmegaConf.to_container(first[key], resolve=False)
     assert ours.trainer.max_epochs == 20
-    assert ours.switch.enabled == (recipe == "digits_adam_to_sgd")
+    assert ours.switch.enabled == (recipe in ("digits_adam_to_sgd", "digits_swats", "digits_noise"))
 
 
 def test_a_seed_means_the_same_weights_and_batches_in_every_recipe(train: Command, tmp_path: Path) -> None:
