@@ -562,8 +562,9 @@ def _count_of_faults(parameter: Tensor, state: Mapping[str, Tensor]) -> Tensor:
     """Number of tensors in a parameter's state with values that are not finite, of what lies on this process."""
     none = moments.local(parameter).new_zeros((), dtype=torch.int64)
     moved = [moments.local(value) for name, value in state.items() if name not in ("step", "mu_product")]
-    # A sum tells it in one pass: what is not finite makes it so.
-    return sum(((~value.sum().abs().isfinite()).long() for value in moved), start=none)
+    # A sum tells it in one pass: what is not finite makes it so. That of 16 bits is taken in 32, where it has a place.
+    sums = (value.sum(dtype=torch.promote_types(value.dtype, torch.float32)) for value in moved)
+    return sum(((~one.abs().isfinite()).long() for one in sums), start=none)
 
 
 def _without_momentum(optimizer: Optimizer) -> bool:

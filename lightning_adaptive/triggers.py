@@ -317,8 +317,7 @@ class Swats(Trigger):
     Args:
         criterion: ``relative`` or ``paper``.
         rtol: of ``relative``, the tolerated difference as a share, above 0.
-        window: of ``relative``, number of looks that the shorter average spans, at least 2. Nothing fires before five times as
-            many, when the longer average has come to span more.
+        window: of ``relative``, number of looks that the shorter average spans, at least 2. Nothing fires before twice as many.
         patience: of ``relative``, number of looks in a row for which the averages must agree, at least 1. In the beginning both
             are over nearly the same looks, and only patience sees a slow drift.
         eps: of ``paper``, the tolerated difference, above 0.
@@ -335,7 +334,7 @@ class Swats(Trigger):
     criterion: Literal["relative", "paper"] = "relative"
     rtol: float = 0.1
     window: int = 50
-    patience: int = 20
+    patience: int = 150
     eps: float = 1e-9
     per: Literal["model", "group"] = "model"
     every_n_steps: int = 1
@@ -408,7 +407,7 @@ class Swats(Trigger):
         # Both begin at zero, and so do over and under alike: the ratios need no correction.
         short, lr = (seen.lr * after[f"update_{length}"] / after[f"along_{length}"] for length in ("short", "long"))
         after |= {"lr": lr, "gap": abs(lr - short) / lr if lr else math.inf}
-        if count >= 5 * self.window and after["gap"] <= self.rtol:
+        if count >= 2 * self.window and after["gap"] <= self.rtol:
             after["agreed"] = before.get("agreed", 0) + 1
         if after["agreed"] >= self.patience:
             after.setdefault("settled_at", lr)

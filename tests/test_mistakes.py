@@ -16,8 +16,8 @@ from tests.support import command
 
 OPTIMIZERS = "adadelta, adafactor, adagrad, adam, adamax, adamw, custom, lbfgs, muon, nadam, radam, rmsprop, sgd"
 RECIPES = (
-    "digits_adagrad, digits_adam, digits_adam_cosine, digits_adam_step, digits_adam_to_sgd, digits_momentum, digits_rmsprop, "
-    "digits_sgd, digits_warmup_cosine, digits_wsd"
+    "digits_adagrad, digits_adam, digits_adam_cosine, digits_adam_step, digits_adam_to_sgd, digits_momentum, digits_noise, "
+    "digits_rmsprop, digits_sgd, digits_swats, digits_warmup_cosine, digits_wsd"
 )
 FLAGS = (
     "--help, --hydra-help, --version, --run, --multirun, --resolve, --shell-completion, --cfg, --package, --config-path, "

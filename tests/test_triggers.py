@@ -428,7 +428,7 @@ def settled(seen: Sequence[tuple[float, float]], window: int, rtol: float, patie
     agreed = 0
     for looks in range(1, len(seen) + 1):
         short, long = ratio(looks, window), ratio(looks, 10 * window)
-        agrees = looks >= 5 * window and abs(long - short) <= rtol * long
+        agrees = looks >= 2 * window and abs(long - short) <= rtol * long
         agreed = agreed + 1 if agrees else 0
         if agreed == patience:
             return looks
@@ -446,8 +446,8 @@ def test_the_relative_criterion_is_its_definition(seen: list[tuple[float, float]
 @given(st.integers(2, 40), st.integers(1, 30), st.floats(1e-6, 1e6), st.floats(1e-6, 1e6))
 def test_a_constant_settles_as_early_as_can_be(window: int, patience: int, update: float, along: float) -> None:
     trigger = Swats(window=window, patience=patience)
-    memories = looked(trigger, [(update, along)] * (5 * window + patience))
-    assert fired_at(memories) == 5 * window + patience - 1
+    memories = looked(trigger, [(update, along)] * (2 * window + patience))
+    assert fired_at(memories) == 2 * window + patience - 1
     assert trigger.estimate(memories[-1]) == {"": pytest.approx(update / along, rel=1e-9)}
 
 
