@@ -12,6 +12,7 @@ import lightning
 import noise_time
 import scheduler_time
 import step_time
+import switch_time
 import torch
 from paired import HEADER
 
@@ -24,7 +25,7 @@ def main() -> None:
         f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, lightning {lightning.__version__}\n"
     )
     print(HEADER)
-    for measurement in (step_time, exact_resume_time, scheduler_time, noise_time, import_time, command_time):
+    for measurement in (step_time, switch_time, exact_resume_time, scheduler_time, noise_time, import_time, command_time):
         for ratio in measurement.measure(pairs):
             print(ratio, flush=True)
 

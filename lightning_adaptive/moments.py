@@ -231,18 +231,19 @@ def _sgd_toward_adam(group: OptimizerGroup, state: Mapping[Tensor, Any], tensors
 def _ratios(optimizer: Optimizer, group: OptimizerGroup, tensors: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """``m / (sqrt(v) + eps sqrt(1 - beta2^t))``, flat: Adam's step without its `_scales`. RAdam adds a plain ``eps``.
 
-    By portions, with the tensors of each.
+    By portions, with the tensors of each; what one portion is worked on in is that of the next.
     """
     state, second = optimizer.state, "max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"
     corrections = (1 - group["betas"][1] ** _steps(optimizer, tensors)).sqrt()
     least = iter(_each((torch.ones_like(corrections) if isinstance(optimizer, RAdam) else corrections) * group["eps"]))
-    for some in _portions(tensors):
-        roots = torch._foreach_sqrt([_flat(state[tensor][second]) for tensor in some])
+    portions = list(_portions(tensors))
+    room = _Room(max(sum(real(tensor).numel() for tensor in some) for some in portions))
+    for some in portions:
+        roots = room.roots([_flat(state[tensor][second]) for tensor in some])
         torch._foreach_add_(roots, list(itertools.islice(least, len(some))))
-        # In place: on a CPU the pages of a second result would cost more than all that is computed.
         torch._foreach_reciprocal_(roots)
         torch._foreach_mul_(roots, [_flat(state[tensor]["exp_avg"]) for tensor in some])
-        yield some, list(roots)
+        yield some, roots
 
 
 def _scales(optimizer: Optimizer, group: OptimizerGroup, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -287,6 +288,24 @@ def _flat(tensor: Tensor) -> Tensor:
     """What lies here of a tensor, as a vector. Of 16 bits are made 32, in which squares and their sums have a place."""
     here = real(tensor)
     return (here.float() if here.dtype in (torch.float16, torch.bfloat16) else here).reshape(-1)
+
+
+class _Room:
+    """Memory for what lies in between, one portion after another: on a CPU new pages cost more than all that is computed."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._room: Tensor | None = None
+
+    def roots(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """Square roots of vectors, in the place of those before."""
+        dtype, sizes = vectors[0].dtype, [vector.numel() for vector in vectors]
+        if any(vector.dtype != dtype for vector in vectors):
+            return list(torch._foreach_sqrt(list(vectors)))
+        if self._room is None or self._room.dtype != dtype or self._room.device != vectors[0].device:
+            self._room = vectors[0].new_empty(self._size)
+        places = self._room[: sum(sizes)].split(sizes)
+        return [torch.sqrt(vector, out=place) for vector, place in zip(vectors, places, strict=True)]
 
 
 def _portions(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
