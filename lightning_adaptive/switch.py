@@ -358,7 +358,9 @@ class OptimizerSwitchCallback(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self._watching and self._watching.projecting():
-            self._lrs = phases.lrs(optimizer)  # at the batch's end the scheduler has been stepped
+            running = strategies.placement(trainer, self.optimizer_index).optimizer
+            if optimizer.param_groups is running.param_groups:  # and not another one of a manual optimization
+                self._lrs = phases.lrs(running)  # at the batch's end the scheduler has been stepped
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._scale is not None and trainer.global_step > self.first_step:

@@ -1143,6 +1143,19 @@ def test_one_of_several_optimizers_hands_over_and_resumes_within_the_guards_wind
         assert all(torch.equal(resumed_weights[name], tensor) for name, tensor in weights.items()), step
 
 
+def test_swats_sees_the_steps_of_the_one_that_it_watches() -> None:
+    class Unlike(TwoOptimizers):
+        def configure_optimizers(self) -> Any:
+            optimizers, _ = super().configure_optimizers()
+            optimizers[1].param_groups[0]["lr"] = 7.0
+            return optimizers
+
+    callback = OptimizerSwitchCallback("40st", TO_SGD, when=Swats(), optimizer_index=0)
+    trainer(max_epochs=1, callbacks=[callback]).fit(Unlike(scheduled=False), loader())
+    assert callback._lrs == [1e-2], "and not 7.0, with which the other one steps after it"
+    assert callback.shows["lr"] > 0
+
+
 # Data that end at different steps
 
 
