@@ -334,7 +334,7 @@ class Swats(Trigger):
     criterion: Literal["relative", "paper"] = "relative"
     rtol: float = 0.1
     window: int = 50
-    patience: int = 150
+    patience: int = 20
     eps: float = 1e-9
     per: Literal["model", "group"] = "model"
     every_n_steps: int = 1
