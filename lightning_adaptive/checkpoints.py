@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lightning_adaptive.errors import CheckpointError
 
@@ -126,6 +128,29 @@ def metadata_file(path: Path) -> Path | None:
     return next((file for file in (path / METADATA, *states) if file.is_file()), None)
 
 
+def read_metadata(path: Path) -> dict[str, Any]:
+    """A checkpoint's dictionary without weights and optimizer state: of a file, or of a folder of FSDP, FSDP2 or DeepSpeed.
+
+    Raises:
+        CheckpointError: when nothing of these lies there.
+    """
+    file = metadata_file(path)
+    if file is None:
+        raise CheckpointError(f"{path} is no checkpoint: neither a file nor a folder of FSDP, FSDP2 or DeepSpeed.")
+    import torch  # which takes seconds, and a folder without a checkpoint needs none
+
+    checkpoint = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    return {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states", "module")}
+
+
+def saved_step(path: Path) -> int | None:
+    """The global step at which a checkpoint was written; ``None`` when it cannot be read."""
+    try:
+        return int(read_metadata(path)["global_step"])
+    except (RuntimeError, OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, pickle.UnpicklingError):
+        return None
+
+
 def _fault_of_folder(folder: Path) -> str:
     manifest = folder / MANIFEST
     if not manifest.is_file():
@@ -180,15 +205,14 @@ def candidates(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def newest(folder: Path, step: Callable[[Path], int | None]) -> tuple[Path | None, dict[Path, str]]:
+def newest(folder: Path) -> tuple[Path | None, dict[Path, str]]:
     """The whole checkpoint that is furthest in training, and what is wrong with those that may be further.
 
     Args:
         folder: where the checkpoints lie.
-        step: tells a checkpoint's global step; ``None`` for one that it cannot read.
     """
     broken: dict[Path, str] = {}
-    steps = {path: step(path) for path in candidates(folder)}
+    steps = {path: saved_step(path) for path in candidates(folder)}
     for path in sorted(steps, key=lambda path: (steps[path] is None, steps[path] or 0, path.stat().st_mtime), reverse=True):
         wrong = fault(path) or ("" if steps[path] is not None else "no checkpoint of a training")
         if not wrong:

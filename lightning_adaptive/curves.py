@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import ClassVar, Literal
 
 from lightning_adaptive.durations import Clock, Duration, DurationLike
-from lightning_adaptive.errors import ConfigError, ConfigTypeError
+from lightning_adaptive.errors import ConfigError, ConfigTypeError, check_count, check_number, check_share, check_word
 from lightning_adaptive.schedules import Curve, Factor, falls_short
 
 _FALLS: dict[str, Callable[[float], float]] = {
@@ -50,7 +50,7 @@ class Polynomial(Curve):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_number("power")
+        check_number(self.power, "power")
         if not 0 < self.power < math.inf:
             raise ConfigError(f"{self.power!r} is not a finite number above 0.", "power")
 
@@ -126,8 +126,8 @@ class CosineRestarts(Curve):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_duration("cycle", "a cycle of 0 steps has no meaning. Write a duration above zero.")
-        self._check_count("t_mult", "It multiplies the length of each cycle.")
-        self._check_share("decay", "It multiplies the peak at each restart.", above_zero=True)
+        check_count(self.t_mult, "t_mult", "times")
+        check_share(self.decay, "decay", "It multiplies the peak at each restart.", above_zero=True)
 
     def shape(self, clock: Clock, steps: int | None) -> Factor:
         first, t_mult, decay, fall = self._distance("cycle", clock, steps), self.t_mult, self.decay, _FALLS["cosine"]
@@ -167,7 +167,7 @@ class Exponential(Curve):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_duration("every", "a decay every 0 steps has no meaning. Write a duration above zero.")
-        self._check_share("gamma", "It multiplies the value at each decay.", above_zero=True)
+        check_share(self.gamma, "gamma", "It multiplies the value at each decay.", above_zero=True)
 
     def shape(self, clock: Clock, steps: int | None) -> Factor:
         gamma, every = self.gamma, self._distance("every", clock, steps)
@@ -231,7 +231,7 @@ class MultiStep(Curve):
             if not milestone:
                 raise ConfigError("a milestone at step 0 has no meaning. Write a duration above zero.", f"milestones.{index}")
         object.__setattr__(self, "milestones", parsed)
-        self._check_share("gamma", "It multiplies the value at each milestone.", above_zero=True)
+        check_share(self.gamma, "gamma", "It multiplies the value at each milestone.", above_zero=True)
 
     def shape(self, clock: Clock, steps: int | None) -> Factor:
         gamma, reached = self.gamma, self._reached(clock, steps)
@@ -320,13 +320,13 @@ class OneCycle(Curve):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_duration("rise")
-        self._check_share("start", "It is a share of the base value.")
-        self._check_share("end", "It is a share of the base value.")
-        self._check_word("anneal", "cosine", "linear")
+        check_share(self.start, "start", "It is a share of the base value.")
+        check_share(self.end, "end", "It is a share of the base value.")
+        check_word(self.anneal, "anneal", ("cosine", "linear"))
         if not isinstance(self.three_phase, bool):
             raise ConfigTypeError(f"{self.three_phase!r} is neither true nor false.", "three_phase")
         if self.momentum_low is not None:
-            self._check_share("momentum_low", "It is a share of the base momentum.")
+            check_share(self.momentum_low, "momentum_low", "It is a share of the base momentum.")
 
     def shape(self, clock: Clock, steps: int | None) -> Factor:
         return self._between(clock, steps, self.start, 1.0, self.start, self.end)
@@ -395,8 +395,8 @@ class Cyclic(Curve):
         for option in ("rise", "fall"):
             if getattr(self, option) is not None:
                 self._check_duration(option, f"a {option} of 0 steps has no meaning. Write a duration above zero.")
-        self._check_word("mode", "triangular", "triangular2", "exp_range")
-        self._check_share("gamma", "It multiplies the height at each step.", above_zero=True)
+        check_word(self.mode, "mode", ("triangular", "triangular2", "exp_range"))
+        check_share(self.gamma, "gamma", "It multiplies the height at each step.", above_zero=True)
         if self.gamma != 1 and self.mode != "exp_range":
             raise ConfigError(f"{self.gamma!r} has no effect in the mode {self.mode}, only in exp_range.", "gamma")
 
@@ -440,7 +440,7 @@ class WarmupStableDecay(Curve):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_duration("decay", "a cool-down of 0 steps has no meaning. Write a duration above zero, or choose Constant.")
-        self._check_word("decay_shape", *_FALLS)
+        check_word(self.decay_shape, "decay_shape", _FALLS)
 
     def shape(self, clock: Clock, steps: int | None) -> Factor:
         end, fall = self._known(steps), _FALLS[self.decay_shape]

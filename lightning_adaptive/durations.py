@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_adaptive.errors import ConfigError, ConfigTypeError
+from lightning_adaptive.errors import ConfigError, ConfigTypeError, is_number
 
 Unit = Literal["ep", "st", "%"]
 
@@ -168,7 +168,7 @@ def _nearest(number: Fraction) -> int:
 
 
 def _no_unit(value: Any, number: str | None = None) -> str:
-    if number is None and (isinstance(value, bool) or not isinstance(value, int | float)):
+    if number is None and not is_number(value):
         return f"{value!r} is not a duration. Write 5ep (epochs), 5st (optimizer steps) or 5% (of training)."
     number = number or str(value)
     return f"{value!r} has no unit. Write {number}ep (epochs), {number}st (optimizer steps) or {number}% (of training)."

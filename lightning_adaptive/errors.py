@@ -61,6 +61,47 @@ def check_factory(value: Any, base: type, key: str) -> None:
         raise ConfigTypeError(f"{value!r} is not a factory. Pass a class, or partial(...) of one.", key)
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is an int or a float; a truth value is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_number(value: Any, key: str) -> None:
+    """Refuses what is not a number, with a `ConfigTypeError`."""
+    if not is_number(value):
+        raise ConfigTypeError(f"{value!r} is not a number.", key)
+
+
+def check_share(value: Any, key: str, meaning: str, *, above_zero: bool = False, below_one: bool = False) -> None:
+    """Refuses what does not lie within 0 and 1.
+
+    Args:
+        value: the value received.
+        key: the setting's key.
+        meaning: a sentence that says of what it is a share.
+        above_zero: whether 0 itself is refused.
+        below_one: whether 1 itself is refused.
+    """
+    check_number(value, key)
+    if not 0 <= value <= 1 or (above_zero and value == 0) or (below_one and value == 1):
+        raise ConfigError(f"{value!r} lies outside 0 to {'below ' * below_one}1. {meaning}", key)
+
+
+def check_count(value: Any, key: str, of: str, least: int = 1) -> None:
+    """Refuses what is no whole number from the least on; ``of`` says what is counted."""
+    is_whole = isinstance(value, int) and is_number(value)
+    if not is_whole or value < least:
+        message = f"{value!r} is no number of {of}. Write a whole number from {least} on."
+        raise ConfigError(message, key) if is_whole else ConfigTypeError(message, key)
+
+
+def check_word(value: Any, key: str, words: Iterable[str]) -> None:
+    """Refuses what is none of the words, with the nearest one."""
+    if value not in (allowed := tuple(words)):
+        message = f"{value!r} is not one of {', '.join(allowed)}.{did_you_mean(str(value), allowed)}"
+        raise ConfigError(message, key) if isinstance(value, str) else ConfigTypeError(message, key)
+
+
 def did_you_mean(word: str, options: Iterable[str]) -> str:
     """A sentence with the nearest option, or an empty string.
 

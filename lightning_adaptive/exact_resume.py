@@ -472,7 +472,7 @@ def _check(trainer: Trainer, path: Path) -> None:
 def _check_checkpoint(path: Path) -> None:
     checkpoints.check(path)
     try:
-        metadata = strategies.read_metadata(path)
+        metadata = checkpoints.read_metadata(path)
     except pickle.UnpicklingError:
         return  # it holds more than plain types, which Lightning may be told to allow
     except AttributeError:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_adaptive import moments
 from lightning_adaptive.combined import class_name
 from lightning_adaptive.durations import Clock, Duration, DurationLike
-from lightning_adaptive.errors import ConfigError, ConfigTypeError, did_you_mean
+from lightning_adaptive.errors import ConfigError, ConfigTypeError, check_number, did_you_mean
 from lightning_adaptive.param_groups import Group, OptimizerGroup, Partition
 
 Whole = Callable[[Sequence[Tensor], Tensor], Tensor]
@@ -29,8 +29,7 @@ _MOST = 100.0
 
 
 def _check_factor(option: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigTypeError(f"{value!r} is not a number.", option)
+    check_number(value, option)
     if not 0 < value < math.inf:
         raise ConfigError(f"{value!r} is no factor. Write a number above 0.", option)
 

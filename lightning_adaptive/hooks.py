@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_adaptive import config, phases, strategies
+from lightning_adaptive import config, phases, strategies, trainers
 from lightning_adaptive.errors import ConfigError, check_factory
 from lightning_adaptive.lr_schedulers import SchedulerConfig, SchedulerFactory
 from lightning_adaptive.param_groups import Inherit, ParamGroups
@@ -97,7 +97,7 @@ def _configure(module: LightningModule, first_phase: _FirstPhase) -> dict[str, A
     except ConfigError as error:
         raise error.within("param_groups") from None
     tensors = strategies.parameters(module)
-    clock = strategies.clock(module.trainer)
+    clock = trainers.clock(module.trainer)
     phase = phases.build(first_phase.optimizer, first_phase.scheduler, partition, tensors, clock)
     strategies.check_optimizer(module.trainer, phase.optimizer)
     return phase.configuration()

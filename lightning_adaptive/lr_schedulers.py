@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from lightning_adaptive.durations import Clock, Duration, is_duration
-from lightning_adaptive.errors import CheckpointError, ConfigError, ConfigTypeError, check_factory, did_you_mean
+from lightning_adaptive.errors import CheckpointError, ConfigError, ConfigTypeError, check_factory, did_you_mean, is_number
 from lightning_adaptive.schedules import Constant, Plateau, Schedule
 
 SchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
@@ -273,7 +273,7 @@ def _numbers(group: Mapping[str, Any]) -> Iterator[str]:
     """Names of the options that a schedule may drive, the learning rate left out."""
     for key, value in group.items():
         is_base = key.startswith("initial_") and key.removeprefix("initial_") in group
-        if _is_number(value) and key != "lr" and not is_base:
+        if is_number(value) and key != "lr" and not is_base:
             yield key
     if _is_betas(group.get("betas")):
         yield "momentum"
@@ -283,16 +283,12 @@ def _bases(option: str, optimizer: Optimizer) -> Iterator[tuple[int, str, Any]]:
     """Of each group that has the option: its index, its key, and the base value."""
     for index, group in enumerate(optimizer.param_groups):
         key = "betas" if option == "momentum" and _is_betas(group.get("betas")) else option
-        if (key == "betas" and option == "momentum") or _is_number(group.get(key)):
+        if (key == "betas" and option == "momentum") or is_number(group.get(key)):
             yield index, key, group.setdefault(f"initial_{key}", group[key])
 
 
 def _is_betas(value: Any) -> bool:
     return isinstance(value, tuple | list) and len(value) > 0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _times(base: Any, factor: float) -> Any:

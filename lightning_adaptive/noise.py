@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from lightning_adaptive import strategies
+from lightning_adaptive import strategies, trainers
 from lightning_adaptive.combined import needs_closure
-from lightning_adaptive.errors import CheckpointError, ConfigError, ConfigTypeError
+from lightning_adaptive.errors import CheckpointError, ConfigError, check_count, check_share, is_number
 from lightning_adaptive.gradient_norms import Leaf, OwnGradients, ShardedGradients, StepNorms
 
 STATE_VERSION = 1
@@ -88,10 +88,7 @@ class GradientNoiseScale(Metric):
 
     def __init__(self, decay: float = 0.99, groups: Sequence[str] = ()) -> None:
         super().__init__(sync_on_compute=False, compute_with_cache=False)
-        if isinstance(decay, bool) or not isinstance(decay, int | float):
-            raise ConfigTypeError(f"{decay!r} is not a number.", "decay")
-        if not 0 <= decay < 1:
-            raise ConfigError(f"{decay!r} lies outside 0 to below 1. It is a share of the past.", "decay")
+        check_share(decay, "decay", "It is a share of the past.", below_one=True)
         if len(set(groups)) < len(groups):
             raise ConfigError(f"{list(groups)!r} has a name twice. Give each group its own.", "groups")
         self.decay = decay
@@ -214,8 +211,7 @@ class GradientNoiseMonitor(Callback):
         per_group: bool = False,
         batch_size: int | Callable[[Any], int] | None = None,
     ) -> None:
-        if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
-            raise ConfigError(f"{every_n_steps!r} is no number of steps. Write a whole number from 1 on.", "every_n_steps")
+        check_count(every_n_steps, "every_n_steps", "steps")
         if batch_size is not None and not callable(batch_size):
             _check_size(batch_size, "Write a whole number from 1 on, a function of the batch, or nothing.")
         self.metric = GradientNoiseScale(decay)
@@ -299,7 +295,7 @@ class GradientNoiseMonitor(Callback):
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self._is_new and trainer.loggers and every and trainer.global_step % every == 0:
             self._is_new = False
-            strategies.log_metrics(trainer, self.values(), trainer.global_step - 1)
+            trainers.log_metrics(trainer, self.values(), trainer.global_step - 1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.values()  # which says what was left out, where nothing was logged
@@ -363,7 +359,7 @@ class GradientNoiseMonitor(Callback):
         # One process's mean of 1/b; where only reduced gradients are seen, each is of all processes' batches.
         inverse = inverse[0] / (norms.micro_batches * processes)
         inverse = inverse if self._sees_own else inverse / strategies.processes_with_own_batches(trainer)
-        scale = strategies.gradient_scale(trainer)
+        scale = trainers.gradient_scale(trainer)
         self.metric.update(small / gradients / scale**2, big / (norms.micro_batches * scale) ** 2, 1 / inverse, gradients / inverse)
         self._is_new = True
 
@@ -483,7 +479,7 @@ def find_monitor(trainer: Trainer) -> GradientNoiseMonitor | None:
 
 
 def _check_size(size: Any, allowed: str) -> int:
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+    if not isinstance(size, int) or not is_number(size) or size < 1:
         raise ConfigError(f"{size!r} is no number of samples. {allowed}", "batch_size")
     return size
 

@@ -13,7 +13,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch.nn.parameter import is_lazy
 
-from lightning_adaptive import strategies
+from lightning_adaptive import strategies, trainers
 from lightning_adaptive.combined import class_name
 from lightning_adaptive.lr_schedulers import ScheduleLR, describe_schedule
 from lightning_adaptive.phases import Phase, format_lrs, lrs, partition_of, planned_state_bytes
@@ -205,7 +205,7 @@ def plan(trainer: Trainer, with_curves: bool = False) -> Plan:
     Raises:
         ConfigError: for a later phase that cannot be built.
     """
-    clock = strategies.clock(trainer)
+    clock = trainers.clock(trainer)
     switch = find_switch(trainer)
     configs = trainer.lr_scheduler_configs
     around = [vars(config) for config in configs] or [{"scheduler": None}]

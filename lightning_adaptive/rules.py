@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_adaptive.errors import ConfigError, ConfigTypeError
+from lightning_adaptive.errors import ConfigError, ConfigTypeError, is_number
 
 CONDITIONS = ("match", "regex", "module", "ndim", "any")
 """What a rule can ask of a parameter."""
@@ -260,7 +260,7 @@ def positive(value: Any, key: str, example: str) -> float:
         ConfigError: for another number.
         ConfigTypeError: for anything else.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not is_number(value):
         raise ConfigTypeError(f"{value!r} is not a number. Write one, for example {example}.", key)
     if not (math.isfinite(value) and value > 0):
         to_freeze = " To keep parameters as they are, freeze them." if key in ("lr", "lr_scale") else ""

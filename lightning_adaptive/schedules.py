@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from lightning_adaptive.durations import Clock, Duration, DurationLike, Warmup, WarmupLike
-from lightning_adaptive.errors import ConfigError, ConfigTypeError, did_you_mean
+from lightning_adaptive.errors import ConfigError, ConfigTypeError, check_count, check_number, check_share, check_word, is_number
 
 Factor = Callable[[int], float]
 """Phase step (0-based) to multiplier."""
@@ -104,12 +104,12 @@ class Curve(Schedule):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "warmup", Warmup.parse(self.warmup, key="warmup"))
-        self._check_word("warmup_shape", "linear", "exponential")
-        self._check_share("floor", "It is a share of the base value.", " Write a share of the base value from 0 to 1.")
+        check_word(self.warmup_shape, "warmup_shape", ("linear", "exponential"))
+        check_share(self.floor, "floor", "It is a share of the base value.")
         if self.length is not None:
             self._check_duration("length", "{!r} is no length. Write a duration above zero, or null.")
-        self._check_word("interval", "step", "epoch")
-        self._check_count("frequency", "It is a number of intervals.")
+        check_word(self.interval, "interval", ("step", "epoch"))
+        check_count(self.frequency, "frequency", "intervals")
 
     def __call__(self, clock: Clock) -> Factor:
         return self.curves(clock)["lr"]
@@ -128,7 +128,7 @@ class Curve(Schedule):
     def with_untuned_warmup(self, beta2: float) -> Self:
         if self.warmup != "untuned":
             return self
-        if isinstance(beta2, bool) or not isinstance(beta2, int | float) or not 0 <= beta2 < 1:
+        if not is_number(beta2) or not 0 <= beta2 < 1:
             raise ConfigError(f"a beta2 of {beta2!r} gives no warm-up. It lies from 0 to below 1.", "warmup")
         return replace(self, warmup=Duration(math.floor(2 / (1 - beta2) + 0.5), "st"))
 
@@ -216,31 +216,6 @@ class Curve(Schedule):
             raise ConfigError(if_zero.format(str(duration)), option)
         object.__setattr__(self, option, duration)
 
-    def _check_number(self, option: str, advice: str = "") -> None:
-        value = getattr(self, option)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigTypeError(f"{value!r} is not a number.{advice}", option)
-
-    def _check_share(self, option: str, meaning: str, advice: str = "", above_zero: bool = False) -> None:
-        self._check_number(option, advice)
-        value = getattr(self, option)
-        if not 0 <= value <= 1 or (above_zero and value == 0):
-            raise ConfigError(f"{value!r} lies outside 0 to 1. {meaning}", option)
-
-    def _check_count(self, option: str, meaning: str, least: int = 1) -> None:
-        value = getattr(self, option)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigTypeError(f"{value!r} is not a whole number. {meaning}", option)
-        if value < least:
-            raise ConfigError(f"{value!r} is below {least}. {meaning}", option)
-
-    def _check_word(self, option: str, *words: str) -> None:
-        value = getattr(self, option)
-        if not isinstance(value, str):
-            raise ConfigTypeError(f"{value!r} is not one of {', '.join(words)}.", option)
-        if value not in words:
-            raise ConfigError(f"{value!r} is not one of {', '.join(words)}.{did_you_mean(value, words)}", option)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Constant(Curve):
@@ -294,16 +269,16 @@ class Plateau(Constant):
         super().__post_init__()
         if not isinstance(self.monitor, str) or not self.monitor:
             raise ConfigTypeError(f"{self.monitor!r} is no name of a metric. Write one that is logged, val/loss.", "monitor")
-        self._check_word("mode", "min", "max")
-        self._check_share("factor", "It multiplies the value at each reduction.", above_zero=True)
+        check_word(self.mode, "mode", ("min", "max"))
+        check_share(self.factor, "factor", "It multiplies the value at each reduction.", above_zero=True)
         if self.factor == 1:
             raise ConfigError(f"{self.factor!r} would reduce nothing. Write a number below 1.", "factor")
-        self._check_count("patience", "It is a number of looks at the metric.", least=0)
-        self._check_number("threshold")
+        check_count(self.patience, "patience", "looks at the metric", least=0)
+        check_number(self.threshold, "threshold")
         if not 0 <= self.threshold < math.inf:
             raise ConfigError(f"{self.threshold!r} is no change of a metric. Write a number from 0 on.", "threshold")
-        self._check_word("threshold_mode", "rel", "abs")
-        self._check_count("cooldown", "It is a number of looks at the metric.", least=0)
+        check_word(self.threshold_mode, "threshold_mode", ("rel", "abs"))
+        check_count(self.cooldown, "cooldown", "looks at the metric", least=0)
 
     def _period(self, clock: Clock) -> tuple[int, int]:
         # Interval and frequency say when it looks; the warm-up moves at every step.

@@ -1,4 +1,4 @@
-"""What Lightning holds while it trains: its clock, and the optimizer and scheduler of its strategy.
+"""What Lightning holds while it trains: a module's parameters, and the optimizer and scheduler of its strategy.
 
 One of the two files that know Lightning's inside (the private names are listed in ``tests/test_lightning_names.py``).
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import pickle
 import signal
 import subprocess
 import threading
@@ -21,7 +20,6 @@ from typing import Any, Literal
 import lightning
 import torch
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
@@ -44,14 +42,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import SGD, Optimizer
 
-from lightning_adaptive.checkpoints import metadata_file
 from lightning_adaptive.combined import CombinedOptimizer, class_name, needs_closure, parts
-from lightning_adaptive.durations import Clock
-from lightning_adaptive.errors import CheckpointError, ConfigError
+from lightning_adaptive.errors import ConfigError
 from lightning_adaptive.rules import Parameter
-
-_ACCUMULATE = "trainer.accumulate_grad_batches"
-
 
 SEEN = ("2.6",)
 """Minor versions of Lightning on which the private names of this file were seen to hold."""
@@ -87,48 +80,6 @@ def placement(trainer: Trainer, index: int = 0) -> Plain:
     )
 
 
-def clock(trainer: Trainer, first_step: int = 0) -> Clock:
-    """The trainer's clock: devices, accumulation, limits, ``max_steps`` and ``max_epochs`` counted.
-
-    Loads the training data if Lightning has not done so, as ``trainer.estimated_stepping_batches`` does.
-
-    Args:
-        trainer: a trainer that is fitting.
-        first_step: 0-based global step at which the phase begins.
-
-    Raises:
-        ConfigError: when accumulation changes between epochs, so that steps cannot be counted.
-    """
-    if trainer.accumulate_grad_batches < 1:
-        raise ConfigError(f"{trainer.accumulate_grad_batches} batches make no step. Write at least 1.", _ACCUMULATE)
-    trainer.fit_loop.setup_data()
-    batches = trainer.num_training_batches
-    if trainer.accumulate_grad_batches > batches > 0:
-        rank_zero_warn(
-            f"{_ACCUMULATE}={trainer.accumulate_grad_batches} is more than the {batches} batches of an epoch, at whose end what is "
-            "left makes a step: an epoch is one step."
-        )
-    rest = int(batches % trainer.accumulate_grad_batches) if math.isfinite(batches) else 0
-    if rest and trainer.strategy.handles_gradient_accumulation:
-        raise ConfigError(
-            f"under DeepSpeed {trainer.accumulate_grad_batches} does not go with {batches} batches an epoch: it accumulates over "
-            "the epoch's end, and Lightning counts other steps than are made. Write a divisor, or cut the rest off with "
-            f"trainer.limit_train_batches={int(batches) - rest}.",
-            _ACCUMULATE,
-        )
-    steps_per_epoch = math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else None
-    try:
-        total = trainer.estimated_stepping_batches
-    except MisconfigurationException as error:
-        raise ConfigError(
-            "accumulation that changes between epochs leaves the number of steps unknown. Set trainer.max_steps and "
-            "trainer.max_epochs=-1, or write durations in steps (st).",
-            _ACCUMULATE,
-        ) from error
-    known = math.isfinite(total) and total >= 0
-    return Clock(steps_per_epoch=steps_per_epoch, total_steps=int(total) if known else None, first_step=first_step)
-
-
 def opens_accumulation_window(trainer: Trainer, batch_idx: int) -> bool:
     """Whether a batch is the first of those that are accumulated into one step."""
     return batch_idx % trainer.accumulate_grad_batches == 0
@@ -137,63 +88,6 @@ def opens_accumulation_window(trainer: Trainer, batch_idx: int) -> bool:
 def closes_accumulation_window(trainer: Trainer) -> bool:
     """Whether the batch that is being trained on is the last of those that are accumulated; an epoch's last one always is."""
     return not trainer.fit_loop.epoch_loop._should_accumulate()
-
-
-def agreed_metrics(trainer: Trainer, names: Sequence[str]) -> dict[str, float]:
-    """What the module has logged; those of these names in the mean over all ranks, so that every rank sees the same.
-
-    Args:
-        trainer: the trainer.
-        names: names of metrics.
-    """
-    logged = trainer.callback_metrics
-    device = trainer.strategy.root_device
-    own = {name: logged[name].detach().float().to(device) for name in names if name in logged}
-    agreed = {name: trainer.strategy.reduce(value, reduce_op="mean") for name, value in own.items()}
-    return {name: float(agreed.get(name, value)) for name, value in logged.items()}
-
-
-def is_asked(trainer: Trainer, asked: bool, files: Sequence[str]) -> bool:
-    """Whether a person asks for something on any rank: in this process, or by a file in the run's folder, which is taken away.
-
-    Args:
-        trainer: the trainer, whose ``default_root_dir`` is the run's folder.
-        asked: whether it was asked for in this process.
-        files: names of the files.
-    """
-    for file in files if trainer.is_global_zero else ():
-        path = Path(trainer.default_root_dir, file)
-        if path.exists():
-            path.unlink()
-            asked = True
-    return trainer.strategy.reduce_boolean_decision(asked, all=False)
-
-
-def is_same_everywhere(trainer: Trainer, numbers: Sequence[int | None]) -> bool:
-    """Whether every rank has the same numbers, as many of them; the same answer on every rank."""
-    if trainer.world_size == 1:
-        return True
-    device = trainer.strategy.root_device
-    own = torch.tensor([-1 if number is None else number for number in numbers], dtype=torch.float64, device=device)
-    mean = trainer.strategy.reduce(own.clone(), reduce_op="mean")
-    return trainer.strategy.reduce_boolean_decision(bool((own == mean).all()), all=True)
-
-
-def loss_scale(trainer: Trainer) -> float | None:
-    """The factor by which 16-bit mixed precision scales the loss now; ``None`` where it does not. Waits for the device."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return None if scaler is None else float(scaler.get_scale())
-
-
-def gradient_scale(trainer: Trainer) -> Tensor:
-    """The factor that gradients have between a backward and the step: loss scale over accumulated batches, float64.
-
-    Does not wait for the device, as `loss_scale` does.
-    """
-    one = torch.ones((), device=trainer.strategy.root_device)
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    scaled = one if scaler is None else scaler.scale(one)
-    return scaled.double() / trainer.accumulate_grad_batches
 
 
 def hooks_see_own_gradients(trainer: Trainer) -> bool:
@@ -279,21 +173,6 @@ def processes_with_own_batches(trainer: Trainer) -> int:
     """How many processes train on different batches: all, but for those that share one under tensor parallelism."""
     strategy = trainer.strategy
     return strategy.device_mesh["data_parallel"].size() if isinstance(strategy, ModelParallelStrategy) else trainer.world_size
-
-
-def log_metrics(trainer: Trainer, values: Mapping[str, float], step: int) -> None:
-    """Gives values to every logger; one that fails is told of, and does not end the training.
-
-    Args:
-        trainer: the trainer.
-        values: the values, by name.
-        step: 0-based step that they belong to.
-    """
-    for logger in trainer.loggers:
-        try:
-            logger.log_metrics(dict(values), step=step)
-        except Exception as error:  # noqa: BLE001 - a logger may raise anything; a training of a week goes on
-            rank_zero_warn(f"{type(logger).__name__} could not log {', '.join(values)}: {error!r}. Training goes on.")
 
 
 def parameter_names(module: LightningModule) -> dict[int, str]:
@@ -663,8 +542,9 @@ class DeepSpeed(Plain):
         windows = self.trainer.accumulate_grad_batches
         if windows > 1:
             rank_zero_warn(
-                f"{_ACCUMULATE}={windows}: Lightning divides the loss by it, and DeepSpeed divides it again, so gradients are "
-                f"{windows} times too small. Adam does not mind, SGD does. Multiply the loss that training_step returns by it."
+                f"trainer.accumulate_grad_batches={windows}: Lightning divides the loss by it, and DeepSpeed divides it again, so "
+                f"gradients are {windows} times too small. Adam does not mind, SGD does. Multiply the loss that training_step "
+                "returns by it."
             )
 
     def check_next(
@@ -893,27 +773,6 @@ class _LoadCheckpoint:
             return load()
         finally:
             self._strategy.optimizers = optimizers
-
-
-def read_metadata(path: Path) -> dict[str, Any]:
-    """A checkpoint's dictionary without weights and optimizer state: of a file, or of a folder of FSDP, FSDP2 or DeepSpeed.
-
-    Raises:
-        CheckpointError: when nothing of these lies there.
-    """
-    file = metadata_file(path)
-    if file is None:
-        raise CheckpointError(f"{path} is no checkpoint: neither a file nor a folder of FSDP, FSDP2 or DeepSpeed.")
-    checkpoint = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    return {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states", "module")}
-
-
-def saved_step(path: Path) -> int | None:
-    """The global step at which a checkpoint was written; ``None`` when it cannot be read."""
-    try:
-        return int(read_metadata(path)["global_step"])
-    except (RuntimeError, OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, pickle.UnpicklingError):
-        return None
 
 
 @contextlib.contextmanager

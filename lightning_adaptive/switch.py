@@ -17,11 +17,19 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_adaptive import checkpoints, moments, phases, settings, strategies, trainers
 from lightning_adaptive import handover as handovers
-from lightning_adaptive import moments, phases, settings, strategies
 from lightning_adaptive.combined import class_name, parts
 from lightning_adaptive.durations import Clock, Duration, DurationLike
-from lightning_adaptive.errors import CheckpointError, ConfigError, ConfigTypeError, check_factory
+from lightning_adaptive.errors import (
+    CheckpointError,
+    ConfigError,
+    ConfigTypeError,
+    check_count,
+    check_factory,
+    check_word,
+    is_number,
+)
 from lightning_adaptive.handover import Crossed, Guard, Handover
 from lightning_adaptive.lr_schedulers import ScheduleLR, SchedulerConfig, SchedulerFactory, build_scheduler, describe_schedule
 from lightning_adaptive.noise import find_monitor
@@ -30,8 +38,6 @@ from lightning_adaptive.phases import OptimizerFactory, Phase
 from lightning_adaptive.schedules import Continue, Plateau, Schedule
 from lightning_adaptive.settings import Settings
 from lightning_adaptive.triggers import Memory, Projection, Seen, Trigger
-
-_POLICIES = ("error", "config", "checkpoint")
 
 STATE_VERSION = 1
 """Version of the callback's saved state; CONTRIBUTING.md says what happens when it changes."""
@@ -222,10 +228,8 @@ class OptimizerSwitchCallback(Callback):
         self._configured: Partition | None = None
         if not enabled:
             return
-        if isinstance(optimizer_index, bool) or not isinstance(optimizer_index, int) or optimizer_index < 0:
-            raise ConfigTypeError(f"{optimizer_index!r} is no index. Write a whole number from 0 on.", "optimizer_index")
-        if on_resume not in _POLICIES:
-            raise ConfigError(f"{on_resume!r} is no policy. Write {', '.join(map(repr, _POLICIES))}.", "on_resume")
+        check_count(optimizer_index, "optimizer_index", "an optimizer", least=0)
+        check_word(on_resume, "on_resume", ("error", "config", "checkpoint"))
         self.on_resume = on_resume
         self.when = _default_if_empty(when, None)
         if self.when is not None and not isinstance(self.when, Trigger):
@@ -365,7 +369,7 @@ class OptimizerSwitchCallback(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._scale is not None and trainer.global_step > self.first_step:
             before, self._scale = self._scale, None
-            if strategies.loss_scale(trainer) < before:  # type: ignore[operator] # there was one before
+            if trainers.loss_scale(trainer) < before:  # type: ignore[operator] # there was one before
                 rank_zero_info(
                     f"The first step of {self._state.optimizer} (step {self.first_step}) was skipped, because its gradients were "
                     "not finite. It counts as a step."
@@ -380,7 +384,7 @@ class OptimizerSwitchCallback(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         names = self._watching.monitors() if self._watching else ()
         if names and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._observe(trainer, Seen(trainer.global_step, _clock(trainer), strategies.agreed_metrics(trainer, names)))
+            self._observe(trainer, Seen(trainer.global_step, _clock(trainer), trainers.agreed_metrics(trainer, names)))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._moments and not self.dry_run:
@@ -616,7 +620,7 @@ class OptimizerSwitchCallback(Callback):
         numbers = [*moments, clock.total_steps, *(trigger.first_step(clock) for trigger in watching)]
         if any(trigger.monitors() for trigger in watching):
             numbers.append(clock.steps_per_epoch)
-        if not strategies.is_same_everywhere(trainer, numbers):
+        if not trainers.is_same_everywhere(trainer, numbers):
             raise ConfigError(
                 f"the processes have data of different lengths ({clock.steps_per_epoch} steps an epoch on one of them), so they "
                 "would not switch at one step. Let Lightning part the data (true), or set trainer.limit_train_batches to the "
@@ -654,7 +658,7 @@ class OptimizerSwitchCallback(Callback):
         step, manual = trainer.global_step, trigger.manual()
         seen = Seen(step, _clock(trainer))
         if any(step % one.every_n_steps == 0 for one in manual):
-            asked, self._asked = strategies.is_asked(trainer, self._asked, [one.file for one in manual]), False
+            asked, self._asked = trainers.is_asked(trainer, self._asked, [one.file for one in manual]), False
             seen = replace(seen, asked=asked)
         if step >= trigger.first_step(seen.clock):
             if any(step % one.every_n_steps == 0 for one in trigger.projecting()):
@@ -744,7 +748,7 @@ class OptimizerSwitchCallback(Callback):
         self._exchange(trainer, phase, state)
         self._moments = self._moments[1:]
         self._hold(trainer)
-        self._scale = strategies.loss_scale(trainer)
+        self._scale = trainers.loss_scale(trainer)
         fate = "freed" if old() is None else "still held elsewhere"
         facts = [
             describe_schedule(phase.lr_scheduler),
@@ -833,7 +837,7 @@ class OptimizerSwitchCallback(Callback):
         self._log(trainer, {"phase": self.phase})
 
     def _log(self, trainer: Trainer, values: dict[str, float]) -> None:
-        strategies.log_metrics(trainer, values, trainer.global_step)
+        trainers.log_metrics(trainer, values, trainer.global_step)
 
     # Resume and end
 
@@ -841,7 +845,7 @@ class OptimizerSwitchCallback(Callback):
         """On a strategy that restores late: puts the phase in place that wrote the checkpoint, before its state is loaded."""
         if not self._fitting or (self.enabled and not self._tensors):
             return
-        state = strategies.read_metadata(path).get("callbacks", {}).get(self.state_key)
+        state = checkpoints.read_metadata(path).get("callbacks", {}).get(self.state_key)
         if state is None:
             return
         if not self.enabled:
@@ -1007,7 +1011,7 @@ def find_switch(trainer: Trainer) -> OptimizerSwitchCallback | None:
 
 def _clock(trainer: Trainer, first_step: int = 0) -> Clock:
     """The trainer's clock. It counts batches; where the steps of all optimizers of a manual optimization end, nobody knows."""
-    clock = strategies.clock(trainer, first_step)
+    clock = trainers.clock(trainer, first_step)
     return clock if trainer.lightning_module.automatic_optimization else replace(clock, total_steps=None)
 
 
@@ -1078,7 +1082,7 @@ def _param_groups(value: Any) -> Inherit | ParamGroups:
 def _check_clip_val(value: Any) -> None:
     if value is None or value == "keep":
         return
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not is_number(value):
         raise ConfigTypeError(f"{value!r} is no clipping value. Write a number, null (no clipping) or 'keep'.", "gradient_clip_val")
     if value < 0:
         raise ConfigError(f"{value!r} is below zero.", "gradient_clip_val")

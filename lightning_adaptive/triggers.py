@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
 from lightning_adaptive.durations import Clock, Duration, DurationLike
-from lightning_adaptive.errors import ConfigError, ConfigTypeError, did_you_mean
+from lightning_adaptive.errors import ConfigError, ConfigTypeError, check_count, check_number, check_share, check_word, did_you_mean
 
 
 class Projection(NamedTuple):
@@ -163,9 +163,7 @@ class OnMetric(Trigger):
         super().__post_init__()
         if not isinstance(self.monitor, str) or not self.monitor:
             raise ConfigTypeError(f"{self.monitor!r} is no name of a metric. Write one that is logged, val/loss.", "monitor")
-        _check_number("smoothing", self.smoothing)
-        if not 0 <= self.smoothing < 1:
-            raise ConfigError(f"{self.smoothing!r} lies outside 0 to below 1. It is a share of the past.", "smoothing")
+        check_share(self.smoothing, "smoothing", "It is a share of the past.", below_one=True)
 
     def monitors(self) -> tuple[str, ...]:
         return (self.monitor,)
@@ -218,15 +216,10 @@ class OnPlateau(OnMetric):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mode not in ("min", "max"):
-            raise ConfigError(f"{self.mode!r} is not one of min, max.{did_you_mean(str(self.mode), ('min', 'max'))}", "mode")
+        check_word(self.mode, "mode", ("min", "max"))
         for option in ("patience", "cooldown"):
-            value = getattr(self, option)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ConfigTypeError(f"{value!r} is not a whole number. It is a number of validations.", option)
-            if value < 0:
-                raise ConfigError(f"{value!r} is below 0. It is a number of validations.", option)
-        _check_number("min_delta", self.min_delta)
+            check_count(getattr(self, option), option, "validations", least=0)
+        check_number(self.min_delta, "min_delta")
         if not 0 <= self.min_delta < math.inf:
             raise ConfigError(f"{self.min_delta!r} is no change of a metric. Write a number from 0 on.", "min_delta")
 
@@ -288,7 +281,7 @@ class Manual(Trigger):
         super().__post_init__()
         if not isinstance(self.file, str) or not self.file or "/" in self.file or self.file.startswith("."):
             raise ConfigError(f"{self.file!r} is no name of a file in the run's folder.", "file")
-        _check_count("every_n_steps", self.every_n_steps)
+        check_count(self.every_n_steps, "every_n_steps", "steps")
 
     def manual(self) -> tuple[Manual, ...]:
         return (self,)
@@ -341,17 +334,15 @@ class Swats(Trigger):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option, words in (("criterion", ("relative", "paper")), ("per", ("model", "group"))):
-            word = getattr(self, option)
-            if word not in words:
-                raise ConfigError(f"{word!r} is not one of {', '.join(words)}.{did_you_mean(str(word), words)}", option)
+        check_word(self.criterion, "criterion", ("relative", "paper"))
+        check_word(self.per, "per", ("model", "group"))
         for option in ("rtol", "eps"):
-            _check_number(option, getattr(self, option))
+            check_number(getattr(self, option), option)
             if not 0 < getattr(self, option) < math.inf:
                 raise ConfigError(f"{getattr(self, option)!r} is no tolerance. Write a number above 0.", option)
-        _check_count("window", self.window, least=2, of="looks")
-        _check_count("patience", self.patience, of="looks")
-        _check_count("every_n_steps", self.every_n_steps)
+        check_count(self.window, "window", "looks", least=2)
+        check_count(self.patience, "patience", "looks")
+        check_count(self.every_n_steps, "every_n_steps", "steps")
 
     def projecting(self) -> tuple[Swats, ...]:
         return (self,)
@@ -452,10 +443,9 @@ class OnNoise(Trigger):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_threshold(self.above, self.below)
-        if self.of not in ("batch", "samples"):
-            raise ConfigError(f"{self.of!r} is not one of batch, samples.{did_you_mean(str(self.of), ('batch', 'samples'))}", "of")
-        _check_count("patience", self.patience, of="looks")
-        _check_count("every_n_steps", self.every_n_steps)
+        check_word(self.of, "of", ("batch", "samples"))
+        check_count(self.patience, "patience", "looks")
+        check_count(self.every_n_steps, "every_n_steps", "steps")
 
     def noise(self) -> tuple[OnNoise, ...]:
         return (self,)
@@ -582,16 +572,6 @@ def _check_threshold(above: Any, below: Any) -> None:
     if (above is None) == (below is None):
         raise ConfigError("a threshold is either above or below a value. Give one of the two.", "above")
     option, value = ("above", above) if below is None else ("below", below)
-    _check_number(option, value)
+    check_number(value, option)
     if not math.isfinite(float(value)):
         raise ConfigError(f"{value!r} is never passed. Write a finite number.", option)
-
-
-def _check_count(option: str, value: Any, least: int = 1, of: str = "steps") -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{value!r} is no number of {of}. Write a whole number from {least} on.", option)
-
-
-def _check_number(option: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigTypeError(f"{value!r} is not a number.", option)

@@ -27,7 +27,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import SGD
 
 from lightning_adaptive import Cosine, OptimizerSwitchCallback, checkpoints, strategies
-from lightning_adaptive.strategies import saved_step
+from lightning_adaptive.checkpoints import saved_step
 from tests.exactness import Case, run
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -201,7 +201,7 @@ def chain(case: Case, kills: Sequence[tuple[int, float]], reference: list[Any], 
                 job.kill()
             for job in jobs:
                 job.join()
-            path, broken = checkpoints.newest(folder / "checkpoints", saved_step)
+            path, broken = checkpoints.newest(folder / "checkpoints")
             assert not broken, f"a checkpoint is broken: {broken}"
             found.append(f"step {saved_step(path)}" if path else "nothing yet")
             if not was_alive:
@@ -226,7 +226,7 @@ def broken_at(case: Case, seam: str, fault: str, reference: list[Any]) -> None:
         for job in jobs:
             job.join(60)
         assert all(job.exitcode not in (0, None) for job in jobs), f"{[job.exitcode for job in jobs]}: it did not break"
-        path, broken = checkpoints.newest(folder / "checkpoints", saved_step)
+        path, broken = checkpoints.newest(folder / "checkpoints")
         assert path is not None
         assert not broken
         got = ended(folder, start(case, folder, path, 70))

@@ -16,8 +16,7 @@ import pytest
 import torch
 
 from lightning_adaptive import CheckpointError, checkpoints
-from lightning_adaptive.checkpoints import MANIFEST
-from lightning_adaptive.strategies import saved_step
+from lightning_adaptive.checkpoints import MANIFEST, saved_step
 from tests.support import Net
 
 
@@ -315,8 +314,8 @@ def test_the_newest_is_furthest_in_training_then_youngest_and_never_broken(tmp_p
         write_file(path, step)
         os.utime(path, (1e9 - age, 1e9 - age))
     (tmp_path / "d.ckpt").write_bytes(b"")
-    assert checkpoints.newest(tmp_path, saved_step) == (tmp_path / "b.ckpt", {tmp_path / "d.ckpt": "the file is empty"})
-    assert checkpoints.newest(tmp_path / "none", saved_step) == (None, {})
+    assert checkpoints.newest(tmp_path) == (tmp_path / "b.ckpt", {tmp_path / "d.ckpt": "the file is empty"})
+    assert checkpoints.newest(tmp_path / "none") == (None, {})
 
 
 # A crash while one is written
@@ -392,7 +391,7 @@ def test_a_crash_at_any_operation_leaves_a_whole_checkpoint_that_is_found(replac
     crashes = 0
     for number in crash_everywhere(WRITERS[written], first, second, 2):
         crashes += 1
-        found, _ = checkpoints.newest(second, saved_step)
+        found, _ = checkpoints.newest(second)
         assert found is not None, f"after a crash at operation {number}: {names(second)}"
         assert saved_step(found) in (1, 2)
     assert crashes >= 4
@@ -410,7 +409,7 @@ def test_two_crashes_in_a_row_leave_a_whole_checkpoint_that_is_found(kind: str, 
     for number in crash_everywhere(write, first, second, 2):
         for other in crash_everywhere(write, second, third, 3):
             crashes += 1
-            found, _ = checkpoints.newest(third, saved_step)
+            found, _ = checkpoints.newest(third)
             assert found is not None, f"after crashes at operations {number} and {other}: {names(third)}"
             assert saved_step(found) in (1, 2, 3)
         assert names(third) == ["last.ckpt"]  # the save that went well has cleaned up

@@ -31,7 +31,6 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_adaptive import CheckpointError, ConfigError, Cosine, ExactResume, OptimizerSwitchCallback, checkpoints
 from lightning_adaptive.exact_resume import SavedState
-from lightning_adaptive.strategies import read_metadata
 from tests.exactness import Augmented, RandomNet, RandomValidatedNet, SaveAtEachMoment
 from tests.faults import FORKS
 from tests.pair import Pair
@@ -198,10 +197,6 @@ def test_batch_norm_at_a_step_is_exact(tmp_path: Path) -> None:
 # Crashes and errors around saving (F6, F9, F11)
 
 
-def step_of(path: Path) -> int:
-    return int(read_metadata(path)["global_step"])
-
-
 def keep_one(folder: Path) -> ModelCheckpoint:
     return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=1, monitor="step", mode="max")
 
@@ -218,7 +213,7 @@ def test_a_crash_before_the_old_checkpoint_is_removed(tmp_path: Path, ended: str
     with pytest.raises(Fault):
         fit(callbacks=[keep_one(tmp_path)])
     monkeypatch.undo()
-    newest, broken = checkpoints.newest(tmp_path, step_of)
+    newest, broken = checkpoints.newest(tmp_path)
     assert newest == tmp_path / "step=5.ckpt"
     assert broken == {}
     assert fit(newest, seed=2) == ended
@@ -257,7 +252,7 @@ def test_a_full_disk_ends_the_run_and_the_last_good_checkpoint_is_whole(
         no_space(patch, place, name, number)
         with pytest.raises(OSError, match=r"No space left on device$"):
             fit(callbacks=[saver])
-    newest, broken = checkpoints.newest(tmp_path, step_of)
+    newest, broken = checkpoints.newest(tmp_path)
     assert newest == tmp_path / "last.ckpt"
     assert broken == {}
     assert {path.name for path in tmp_path.iterdir()} <= {"last.ckpt", ".last.ckpt.partial"}
@@ -806,7 +801,7 @@ def test_a_kill_while_saving_never_leaves_a_broken_checkpoint(tmp_path: Path, me
         left = kill_while_saving(folder, memory, True, chooser)
         assert checkpoints.fault(folder / "last.ckpt") == ""
         assert left <= {"last.ckpt", ".last.ckpt.partial"}
-        assert checkpoints.newest(folder, step_of)[0] == folder / "last.ckpt"
+        assert checkpoints.newest(folder)[0] == folder / "last.ckpt"
         partials += ".last.ckpt.partial" in left
     assert partials > 0, "no kill came while a checkpoint was written, so nothing was tested"
 

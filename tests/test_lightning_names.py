@@ -27,8 +27,8 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDevice
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.optim import SGD
 
-from lightning_adaptive.checkpoints import METADATA
-from lightning_adaptive.strategies import SEEN, flat_parameters, read_metadata, warn_if_unseen
+from lightning_adaptive.checkpoints import METADATA, read_metadata
+from lightning_adaptive.strategies import SEEN, flat_parameters, warn_if_unseen
 from tests.cpu_strategies import STRATEGIES, ShardableNet
 from tests.pair import Pair
 from tests.support import ROOT, Net, loader, trainer

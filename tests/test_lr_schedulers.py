@@ -309,9 +309,15 @@ PLATEAUS: list[tuple[Callable[[], Any], str]] = [
     (lambda: Plateau(monitor="x", mode="less"), "mode: 'less' is not one of min, max."),  # type: ignore[arg-type]
     (lambda: Plateau(monitor="x", factor=1.0), "factor: 1.0 would reduce nothing. Write a number below 1."),
     (lambda: Plateau(monitor="x", factor=0), "factor: 0 lies outside 0 to 1. It multiplies the value at each reduction."),
-    (lambda: Plateau(monitor="x", patience=-1), "patience: -1 is below 0. It is a number of looks at the metric."),
+    (
+        lambda: Plateau(monitor="x", patience=-1),
+        "patience: -1 is no number of looks at the metric. Write a whole number from 0 on.",
+    ),
     (lambda: Plateau(monitor="x", threshold=-0.1), "threshold: -0.1 is no change of a metric. Write a number from 0 on."),
-    (lambda: Plateau(monitor="x", cooldown=1.5), "cooldown: 1.5 is not a whole number. It is a number of looks at the metric."),  # type: ignore[arg-type]
+    (
+        lambda: Plateau(monitor="x", cooldown=1.5),
+        "cooldown: 1.5 is no number of looks at the metric. Write a whole number from 0 on.",
+    ),  # type: ignore[arg-type]
     (
         lambda: Piecewise(pieces={"one": Plateau(monitor="x", length="50%"), "two": Constant()}),
         "pieces.one: Plateau stands alone and is no part of another schedule.",

@@ -38,6 +38,7 @@ from lightning_adaptive import (
     attach,
     preview,
     strategies,
+    trainers,
 )
 from lightning_adaptive.phases import Phase, planned_state_bytes, state_bytes
 from lightning_adaptive.plan import Plan, plan
@@ -378,7 +379,7 @@ def test_layers_that_need_the_devices_are_refused() -> None:
 def clock_of(data: DataLoader, **options: Any) -> Clock:
     runner = trainer(**options)
     with strategies.staged(runner, Net(), data):
-        return strategies.clock(runner)
+        return trainers.clock(runner)
 
 
 @pytest.mark.parametrize(

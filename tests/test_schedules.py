@@ -576,12 +576,12 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: Cosine(length="0ep"), "length: '0ep' is no length. Write a duration above zero, or null."),
     (lambda: Cosine(length="0.01ep")(CLOCK), "length: 0.01ep rounds to 0 steps of this training."),
     (lambda: Cosine(floor=1.5), "floor: 1.5 lies outside 0 to 1. It is a share of the base value."),
-    (lambda: Cosine(floor="low"), "floor: 'low' is not a number. Write a share of the base value from 0 to 1."),  # type: ignore[arg-type]
+    (lambda: Cosine(floor="low"), "floor: 'low' is not a number."),  # type: ignore[arg-type]
     (lambda: Cosine(floor=math.nan), "floor: nan lies outside 0 to 1. It is a share of the base value."),
     (lambda: Cosine(interval="epochs"), "interval: 'epochs' is not one of step, epoch. Did you mean 'epoch'?"),  # type: ignore[arg-type]
-    (lambda: Cosine(frequency=0), "frequency: 0 is below 1. It is a number of intervals."),
-    (lambda: Cosine(frequency=True), "frequency: True is not a whole number. It is a number of intervals."),
-    (lambda: Cosine(frequency=1.5), "frequency: 1.5 is not a whole number. It is a number of intervals."),  # type: ignore[arg-type]
+    (lambda: Cosine(frequency=0), "frequency: 0 is no number of intervals. Write a whole number from 1 on."),
+    (lambda: Cosine(frequency=True), "frequency: True is no number of intervals. Write a whole number from 1 on."),
+    (lambda: Cosine(frequency=1.5), "frequency: 1.5 is no number of intervals. Write a whole number from 1 on."),  # type: ignore[arg-type]
     (
         lambda: Constant(interval="epoch")(ENDLESS),
         "interval: epochs cannot be counted: the training loader has no length. Write step.",
@@ -604,8 +604,8 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: Polynomial(power=math.inf), "power: inf is not a finite number above 0."),
     (lambda: Polynomial(power="2"), "power: '2' is not a number."),  # type: ignore[arg-type]
     (lambda: CosineRestarts(cycle="0ep"), "cycle: a cycle of 0 steps has no meaning. Write a duration above zero."),
-    (lambda: CosineRestarts(t_mult=0), "t_mult: 0 is below 1. It multiplies the length of each cycle."),
-    (lambda: CosineRestarts(t_mult=1.5), "t_mult: 1.5 is not a whole number. It multiplies the length of each cycle."),  # type: ignore[arg-type]
+    (lambda: CosineRestarts(t_mult=0), "t_mult: 0 is no number of times. Write a whole number from 1 on."),
+    (lambda: CosineRestarts(t_mult=1.5), "t_mult: 1.5 is no number of times. Write a whole number from 1 on."),  # type: ignore[arg-type]
     (lambda: CosineRestarts(decay=0), "decay: 0 lies outside 0 to 1. It multiplies the peak at each restart."),
     (lambda: MultiStep(milestones=[]), "milestones: is empty. Write at least one duration, [50%, 75%]."),
     (lambda: MultiStep(milestones="50%"), "milestones: '50%' is not a list. Write durations, [50%, 75%]."),

@@ -420,13 +420,13 @@ def test_a_loader_without_length_counts_in_steps() -> None:
             TypeError,
             "optimizer: a SGD that is already built holds its own parameters. Pass a factory: partial(SGD, ...) from functools.",
         ),
-        ({"optimizer_index": -1}, TypeError, "optimizer_index: -1 is no index. Write a whole number from 0 on."),
+        ({"optimizer_index": -1}, ValueError, "optimizer_index: -1 is no number of an optimizer. Write a whole number from 0 on."),
         (
             {"then": OptimizerSwitchCallback(at="3ep", optimizer=TO_SGD, on_resume="config")},
             ValueError,
             "then: optimizer_index, on_resume and dry_run are given to the first switch, and hold for those after it.",
         ),
-        ({"on_resume": "both"}, ValueError, "on_resume: 'both' is no policy. Write 'error', 'config', 'checkpoint'."),
+        ({"on_resume": "both"}, ValueError, "on_resume: 'both' is not one of error, config, checkpoint."),
         (
             {"handover": "smoth"},
             ValueError,

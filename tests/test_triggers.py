@@ -179,8 +179,8 @@ def test_a_request_is_seen_at_any_time() -> None:
 REFUSED: list[tuple[Any, str]] = [
     (lambda: OnPlateau(monitor=""), "monitor: '' is no name of a metric. Write one that is logged, val/loss."),
     (lambda: OnPlateau(monitor="x", mode="maxx"), "mode: 'maxx' is not one of min, max. Did you mean 'max'?"),
-    (lambda: OnPlateau(monitor="x", patience=1.5), "patience: 1.5 is not a whole number. It is a number of validations."),
-    (lambda: OnPlateau(monitor="x", cooldown=-1), "cooldown: -1 is below 0. It is a number of validations."),
+    (lambda: OnPlateau(monitor="x", patience=1.5), "patience: 1.5 is no number of validations. Write a whole number from 0 on."),
+    (lambda: OnPlateau(monitor="x", cooldown=-1), "cooldown: -1 is no number of validations. Write a whole number from 0 on."),
     (lambda: OnPlateau(monitor="x", min_delta=math.nan), "min_delta: nan is no change of a metric. Write a number from 0 on."),
     (lambda: OnPlateau(monitor="x", smoothing=1), "smoothing: 1 lies outside 0 to below 1. It is a share of the past."),
     (

@@ -127,12 +127,7 @@ def left_off(folder: Path) -> tuple[Path, list[str]] | None:
 
 
 def _newest(folder: Path) -> tuple[Path | None, list[str]]:
-    def step(path: Path) -> int | None:
-        from lightning_adaptive.strategies import saved_step  # not for an empty folder: with torch it takes seconds
-
-        return saved_step(path)
-
-    found, broken = checkpoints.newest(folder / "checkpoints", step)
+    found, broken = checkpoints.newest(folder / "checkpoints")
     return found, [f"{path}: {wrong}." for path, wrong in broken.items()]
 
 

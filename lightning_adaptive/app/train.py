@@ -83,7 +83,7 @@ def _train_in(folder: Path, config: DictConfig, signals: Signals) -> float | Non
         callbacks.append(progress(monitor))
     trainer, model, data = assemble(config, folder, callbacks)
     if config.resume and checkpoint is not None and trainer.is_global_zero:
-        step = int(strategies.read_metadata(checkpoint)["global_step"])
+        step = int(checkpoints.read_metadata(checkpoint)["global_step"])
         resume.keep_curves(trainer.loggers, step)
         for line in (*broken, f"RESUMED from {checkpoint} (step {step})."):
             rank_zero_info(line)
