@@ -99,5 +99,5 @@ def _configure(module: LightningModule, first_phase: _FirstPhase) -> dict[str, A
     tensors = strategies.parameters(module)
     clock = trainers.clock(module.trainer)
     phase = phases.build(first_phase.optimizer, first_phase.scheduler, partition, tensors, clock)
-    strategies.check_optimizer(module.trainer, phase.optimizer)
+    strategies.placement(module.trainer).check_optimizer(phase.optimizer)
     return phase.configuration()

@@ -260,7 +260,7 @@ class GradientNoiseMonitor(Callback):
                 "gradient noise is not available on mps, which has no float64. Train on a CPU or a GPU of CUDA.",
                 "trainer.accelerator",
             )
-        self._sees_own = strategies.hooks_see_own_gradients(trainer)
+        self._sees_own = strategies.placement(trainer).hooks_see_own_gradients()
         optimizer = strategies.running_optimizer(trainer)
         if needs_closure(optimizer):
             raise ConfigError(f"gradient noise is not available: {_of_closure(optimizer)} Choose another one.", "optimizer")
@@ -279,7 +279,7 @@ class GradientNoiseMonitor(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._step is not None:
             is_reduced = trainer.world_size > 1 and strategies.closes_accumulation_window(trainer)
-            self._step.norms.begin(is_alone=not is_reduced and not strategies.holds_shards(trainer))
+            self._step.norms.begin(is_alone=not is_reduced and not strategies.placement(trainer).holds_shards)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._step is None:
@@ -334,7 +334,7 @@ class GradientNoiseMonitor(Callback):
         device = trainer.strategy.root_device
         if not self._sees_own:
             return ShardedGradients(groups, device, trainer.world_size)
-        return OwnGradients(groups, device, _leaves(groups, strategies.flat_parameters(trainer)))
+        return OwnGradients(groups, device, _leaves(groups, strategies.placement(trainer).flat_parameters()))
 
     def _measure(self, trainer: Trainer, step: _Step) -> None:
         """Brings the processes' sums together and updates the metric.
@@ -352,13 +352,13 @@ class GradientNoiseMonitor(Callback):
                 "step's noise is not counted. Set use_reentrant to false.",
                 "skipped",
             )
-        big = norms.big if strategies.holds_shards(trainer) else norms.big / processes
+        big = norms.big if strategies.placement(trainer).holds_shards else norms.big / processes
         inverse = torch.full((1,), step.inverse_samples, dtype=torch.float64, device=norms.device)
         agreed = trainer.strategy.reduce(torch.cat([norms.small, big, inverse]), reduce_op="sum")
         small, big, inverse = agreed.split([len(norms.groups), len(norms.groups), 1])
         # One process's mean of 1/b; where only reduced gradients are seen, each is of all processes' batches.
         inverse = inverse[0] / (norms.micro_batches * processes)
-        inverse = inverse if self._sees_own else inverse / strategies.processes_with_own_batches(trainer)
+        inverse = inverse if self._sees_own else inverse / strategies.placement(trainer).processes_with_own_batches
         scale = trainers.gradient_scale(trainer)
         self.metric.update(small / gradients / scale**2, big / (norms.micro_batches * scale) ** 2, 1 / inverse, gradients / inverse)
         self._is_new = True

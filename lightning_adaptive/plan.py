@@ -219,7 +219,7 @@ def plan(trainer: Trainer, with_curves: bool = False) -> Plan:
     ]
     ends = [*(later.first_step for later in planned[1:]), clock.total_steps]  # None where a trigger decides
     numbers = range(switch.phase + 1 if switch else 1, len(planned) + 2)
-    shapes = strategies.full_shapes(trainer)
+    shapes = strategies.placement(trainer).full_shapes(trainer.lightning_module)
     epoch = Epoch(clock.steps_per_epoch, trainer.num_training_batches, trainer.accumulate_grad_batches) if with_curves else None
     places = zip(numbers, planned, ends, strict=False)
     phases = tuple(_phase_plan(number, begun, end, shapes, epoch) for number, begun, end in places)

@@ -60,279 +60,18 @@ def warn_if_unseen() -> None:
 
 
 def placement(trainer: Trainer, index: int = 0) -> Plain:
-    """What puts an optimizer onto the trainer's strategy.
+    """What is known of the trainer's strategy, and puts an optimizer onto it.
 
     Args:
         trainer: a trainer that is fitting.
         index: which of the module's optimizers is meant, under manual optimization.
-
-    Raises:
-        ConfigError: for a strategy that none of the classes here serves.
     """
-    strategy = type(trainer.strategy)
-    for base in strategy.__mro__:
-        if base in PLACEMENTS:
-            return PLACEMENTS[base](trainer, index)
-    raise ConfigError(
-        f"a switch is not available on {strategy.__name__}. Available: {', '.join(base.__name__ for base in PLACEMENTS)}, and what "
-        "is derived from them. Another one needs a class of its own in lightning_adaptive/strategies.py, a subclass of Plain.",
-        "trainer.strategy",
-    )
-
-
-def opens_accumulation_window(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether a batch is the first of those that are accumulated into one step."""
-    return batch_idx % trainer.accumulate_grad_batches == 0
-
-
-def closes_accumulation_window(trainer: Trainer) -> bool:
-    """Whether the batch that is being trained on is the last of those that are accumulated; an epoch's last one always is."""
-    return not trainer.fit_loop.epoch_loop._should_accumulate()
-
-
-def hooks_see_own_gradients(trainer: Trainer) -> bool:
-    """Whether hooks see the gradient of each process's own batch, before all have reduced it.
-
-    Raises:
-        ConfigError: for a strategy on which a step's gradients cannot be seen, or are not their mean.
-    """
-    strategy: Any = trainer.strategy
-    name = type(strategy).__name__
-    base = next((base for base in type(strategy).__mro__ if base in PLACEMENTS), None)
-    if base is None:
-        raise ConfigError(
-            f"gradient noise is not available on {name}. Available: one process, DDP, FSDP, FSDP2, and what is derived from them.",
-            "trainer.strategy",
-        )
-    if base is DeepSpeedStrategy:
-        raise ConfigError(
-            f"gradient noise is not available under {name}, which frees gradients when it has reduced them. Use one process with "
-            "accumulation, DDP, FSDP or FSDP2.",
-            "trainer.strategy",
-        )
-    if base is FSDPStrategy:
-        _refuse_copied_shards(strategy)
-    if base is DDPStrategy and strategy._ddp_comm_hook is not None:
-        _refuse_other_means(strategy._ddp_comm_hook)
-    return base is not ModelParallelStrategy
-
-
-def holds_shards(trainer: Trainer) -> bool:
-    """Whether each process holds only a part of the gradient that the optimizer steps with."""
-    return isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
-
-
-def flat_parameters(trainer: Trainer) -> list[tuple[Tensor, list[tuple[Tensor | None, int]]]]:
-    """The vectors that FSDP has flattened parameters into, each with these parameters and their numbers of elements.
-
-    Padding has no parameter. Without FSDP there are none.
-    """
-    if not isinstance(trainer.strategy, FSDPStrategy):
-        return []
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    model = trainer.strategy.model
-    assert model is not None
-    units: list[Any] = FullyShardedDataParallel.fsdp_modules(model)
-    return [(unit._handle.flat_param, _flattened(unit._handle.flat_param)) for unit in units if unit._handle is not None]
-
-
-def _flattened(flat: Any) -> list[tuple[Tensor | None, int]]:
-    if flat._params is None:  # without use_orig_params the optimizer has the vectors themselves
-        return [(flat, sum(flat._numels_with_padding))]
-    parameters = iter(flat._params)
-    return [
-        (None if is_padding else next(parameters), count)
-        for is_padding, count in zip(flat._is_padding_mask, flat._numels_with_padding, strict=True)
-    ]
-
-
-def _refuse_copied_shards(strategy: FSDPStrategy) -> None:
-    allowed, given = ("FULL_SHARD", "SHARD_GRAD_OP"), strategy.sharding_strategy.name
-    if given not in allowed:
-        raise ConfigError(
-            f"gradient noise is not available with {given}, where several processes hold the same shard. Write "
-            f"{' or '.join(allowed)}.",
-            "trainer.strategy.sharding_strategy",
-        )
-
-
-def _refuse_other_means(comm_hook: Callable[..., Any]) -> None:
-    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
-
-    if comm_hook not in (fp16_compress_hook, bf16_compress_hook):
-        name = getattr(comm_hook, "__name__", type(comm_hook).__name__)
-        raise ConfigError(
-            f"gradient noise is not available with {name}, after which gradients need not be the mean of the processes'. Use none, "
-            "fp16_compress_hook or bf16_compress_hook.",
-            "trainer.strategy.ddp_comm_hook",
-        )
-
-
-def processes_with_own_batches(trainer: Trainer) -> int:
-    """How many processes train on different batches: all, but for those that share one under tensor parallelism."""
-    strategy = trainer.strategy
-    return strategy.device_mesh["data_parallel"].size() if isinstance(strategy, ModelParallelStrategy) else trainer.world_size
-
-
-def parameter_names(module: LightningModule) -> dict[int, str]:
-    """Names of the module's parameters by ``id``; a tied parameter has the first of its names."""
-    return {id(parameter): _plain(name) for name, parameter in module.named_parameters()}
-
-
-def parameters(module: LightningModule) -> dict[str, Tensor]:
-    """The module's parameters by name, with the names that `parameter_names` gives."""
-    return {_plain(name): parameter for name, parameter in module.named_parameters()}
-
-
-def full_shapes(trainer: Trainer) -> dict[str, tuple[int, ...]]:
-    """Shape of each whole parameter by name, whatever the strategy keeps of it on this process.
-
-    FSDP flattens and shards, ZeRO-3 leaves an empty tensor; a DTensor's shape is that of the whole. A lazily built parameter
-    that has no shape yet is left out.
-    """
-    return _full_shapes(trainer.lightning_module, trainer.strategy.model)
-
-
-def _full_shapes(module: LightningModule, model: nn.Module | None) -> dict[str, tuple[int, ...]]:
-    shapes = {
-        name: tuple(getattr(tensor, "ds_shape", tensor.shape))
-        for name, tensor in parameters(module).items()
-        if not isinstance(tensor, UninitializedParameter)
-    }
-    for prefix, inner in module.named_modules():
-        shapes.update(_flattened_shapes(inner, prefix))
-    if model is not None and model is not module:
-        shapes.update(_flattened_shapes(model, ""))
-    return shapes
-
-
-def described(module: LightningModule) -> list[Parameter]:
-    """What rules for groups can know of the module's parameters, by the names that `parameters` gives.
-
-    Args:
-        module: a module that is attached to its trainer; in place, where the strategy shards.
-    """
-    trainer = module.trainer
-    shapes = _full_shapes(module, trainer.strategy.model if module is trainer.lightning_module else None)
-    found: dict[int, Parameter] = {}
-    # With duplicates, so that a tied parameter is known under each of its names.
-    for prefix, holder in module.named_modules(remove_duplicate=False):
-        for name, tensor in holder.named_parameters(prefix, recurse=False):
-            plain, classes = _plain(name), _class_names(type(holder))
-            first = found.get(id(tensor))
-            if first is None:
-                found[id(tensor)] = Parameter(plain, shapes.get(plain), classes, tensor.requires_grad)
-            elif plain not in first.names:
-                both = tuple(dict.fromkeys((*first.modules, *classes)))
-                found[id(tensor)] = replace(first, modules=both, aliases=(*first.aliases, plain))
-    return list(found.values())
-
-
-def _class_names(cls: type[nn.Module]) -> tuple[str, ...]:
-    """A module's class and its bases, as a user may write them; of torch's also the short path."""
-    names: dict[str, None] = {}
-    for base in cls.__mro__:
-        if issubclass(base, nn.Module) and base is not nn.Module:
-            names |= dict.fromkeys((base.__name__, f"{base.__module__}.{base.__qualname__}"))
-            if vars(nn).get(base.__name__) is base:
-                names[f"torch.nn.{base.__name__}"] = None
-    return tuple(names)
-
-
-def _flattened_shapes(module: nn.Module, prefix: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what a unit of FSDP has flattened."""
-    handle = getattr(module, "_handle", None)
-    if handle is None or not hasattr(handle, "flat_param"):
-        return {}
-    flat = handle.flat_param
-    names = (_plain(f"{prefix}.{name}" if prefix else name) for name in flat._fqns)
-    return {name: tuple(shape) for name, shape in zip(names, flat._shapes, strict=True)}
-
-
-@contextlib.contextmanager
-def staged(trainer: Trainer, module: LightningModule, train_dataloaders: Any = None, datamodule: Any = None) -> Iterator[None]:
-    """Within it the trainer stands as before the first step of a fit, in this process alone.
-
-    Data and optimizers are set up; no process is started, no model is moved or sharded, nothing is logged, no callback is called,
-    and the random states are afterwards what they were.
-
-    Args:
-        trainer: a trainer that is not running.
-        module: the module that it would fit.
-        train_dataloaders: the training data, in one of the forms that ``trainer.fit`` takes.
-        datamodule: or the data as a whole.
-
-    Raises:
-        ConfigError: for a module whose layers need the devices of ``ModelParallelStrategy`` to be built.
-    """
-    if isinstance(train_dataloaders, LightningDataModule):
-        train_dataloaders, datamodule = None, train_dataloaders
-    strategy: Any = trainer.strategy
-    state = trainer.state.fn, trainer.state.status, trainer.state.stage
-    trainer.state.fn, trainer.state.status, trainer.state.stage = TrainerFn.FITTING, TrainerStatus.RUNNING, RunningStage.TRAINING
-    try:
-        with isolate_rng():
-            _stage(trainer, module, train_dataloaders, datamodule)
-            yield
-    finally:
-        trainer.fit_loop.teardown()
-        strategy.optimizers, strategy.lr_scheduler_configs = [], []
-        if isinstance(strategy, ModelParallelStrategy):
-            strategy._device_mesh = None
-        trainer.state.fn, trainer.state.status, trainer.state.stage = state
-
-
-def _stage(trainer: Trainer, module: LightningModule, train_dataloaders: Any, datamodule: Any) -> None:
-    """What ``trainer.fit`` does before the first step, in its order, without what needs other processes or devices."""
-    strategy, connector = trainer.strategy, trainer._data_connector
-    connector.attach_data(module, train_dataloaders=train_dataloaders, datamodule=datamodule)
-    loop = trainer.fit_loop
-    loop.min_epochs, loop.max_epochs = _parse_loop_limits(
-        trainer.min_steps, trainer.max_steps, trainer.min_epochs, trainer.max_epochs, trainer
-    )
-    strategy.connect(module)
-    trainer._callback_connector._attach_model_callbacks()
-    if hasattr(strategy, "set_world_ranks"):
-        strategy.set_world_ranks()  # so that the data are parted as they will be
-    connector.prepare_data()
-    if datamodule is not None:
-        _call_lightning_datamodule_hook(trainer, "setup", stage="fit")
-    _call_lightning_module_hook(trainer, "setup", stage="fit")
-    if not isinstance(strategy, ModelParallelStrategy):
-        _call_lightning_module_hook(trainer, "configure_model")
-    elif not any(True for _ in module.parameters()):
-        raise ConfigError(
-            f"{type(module).__name__} builds its layers in configure_model, which needs the devices of this strategy. Preview it "
-            "with another.",
-            "trainer.strategy",
-        )
-    else:
-        strategy._device_mesh = _PlannedMesh(strategy)  # type: ignore[assignment]
-    loop.setup_data()
-    optimizers, configs = _init_optimizers_and_lr_schedulers(module)
-    strategy.optimizers, strategy.lr_scheduler_configs = optimizers, configs
-
-
-class _PlannedMesh:
-    """What Lightning asks the devices of ``ModelParallelStrategy`` for when it parts the data, before there are processes."""
-
-    def __init__(self, strategy: ModelParallelStrategy) -> None:
-        size = strategy._data_parallel_size
-        self._size = strategy.num_nodes if size == "auto" else size
-
-    def __getitem__(self, _: str) -> _PlannedMesh:
-        return self
-
-    def size(self) -> int:
-        return self._size
-
-    def get_local_rank(self) -> int:
-        return 0
+    cls = next((PLACEMENTS[base] for base in type(trainer.strategy).__mro__ if base in PLACEMENTS), Unknown)
+    return cls(trainer, index)
 
 
 class Plain:
-    """Puts optimizers onto strategies where Lightning's loop steps a plain one: one process, and DDP in each launcher.
+    """One process: Lightning's loop steps a plain optimizer of whole parameters. What differs elsewhere is said by subclasses.
 
     Under manual optimization one of several is exchanged, and the number of optimizers and schedulers stays: the module counts
     on it.
@@ -341,6 +80,15 @@ class Plain:
         trainer: a trainer that is fitting.
         index: which of the module's optimizers is meant.
     """
+
+    holds_shards = False
+    """Whether each process holds only a part of the gradient that the optimizer steps with."""
+
+    _gives_closure = True
+    """Whether a step may evaluate the loss itself, on whole parameters."""
+
+    _one_vector_of = ""
+    """What the strategy makes one flat vector of, if of anything."""
 
     def __init__(self, trainer: Trainer, index: int = 0) -> None:
         self.trainer = trainer
@@ -388,11 +136,56 @@ class Plain:
             tensors: parameters.
             rows: rows of a sum for each parameter.
         """
-        if self.trainer.world_size > 1:
-            # Every rank has the whole; that they decide as one does not rest on their having computed the same bits.
-            rows = rows.to(self.strategy.root_device)
-            torch.distributed.broadcast(rows, 0)
         return rows
+
+    def full_shapes(self, module: LightningModule) -> dict[str, tuple[int, ...]]:
+        """Shape of each whole parameter by name, whatever the strategy keeps of it on this process.
+
+        A lazily built parameter that has no shape yet is left out.
+
+        Args:
+            module: the module, in place where the strategy shards.
+        """
+        named = parameters(module).items()
+        return {name: self._full_shape(tensor) for name, tensor in named if not isinstance(tensor, UninitializedParameter)}
+
+    def _full_shape(self, tensor: Tensor) -> tuple[int, ...]:
+        return tuple(tensor.shape)  # of a DTensor that of the whole
+
+    def hooks_see_own_gradients(self) -> bool:
+        """Whether hooks see the gradient of each process's own batch, before all have reduced it.
+
+        Raises:
+            ConfigError: where a step's gradients cannot be seen, or are not their mean.
+        """
+        return True
+
+    def flat_parameters(self) -> list[tuple[Tensor, list[tuple[Tensor | None, int]]]]:
+        """The vectors that FSDP has flattened parameters into, each with these parameters and their numbers of elements.
+
+        Padding has no parameter. Without FSDP there are none.
+        """
+        return []
+
+    @property
+    def processes_with_own_batches(self) -> int:
+        """How many processes train on different batches: all, but for those that share one under tensor parallelism."""
+        return self.trainer.world_size
+
+    def configure_model(self) -> None:
+        """Lets the module build its layers in a preview, for which there are no devices.
+
+        Raises:
+            ConfigError: when it cannot without.
+        """
+        _call_lightning_module_hook(self.trainer, "configure_model")
+
+    def forget_preview(self) -> None:
+        """Takes back what `configure_model` has left on the strategy."""
+
+    def tested_as_fitted(self) -> contextlib.AbstractContextManager[None]:
+        """Within it ``trainer.test`` takes the model that was just fitted, also where Lightning or DeepSpeed cannot."""
+        return contextlib.nullcontext()
 
     def check_state(self, what: str, key: str) -> None:
         """Refuses what looks at the optimizer's state by parameter, where that does not lie so.
@@ -415,7 +208,7 @@ class Plain:
         Raises:
             ConfigError: naming the setting.
         """
-        if getattr(self.trainer.precision_plugin, "scaler", None) and getattr(optimizer, "_step_supports_amp_scaling", False):
+        if self._unscales(optimizer):
             raise ConfigError(
                 f"a fused {class_name(optimizer)} unscales gradients by itself under trainer.precision={self.trainer.precision}, "
                 "so they are not seen as it takes them. Set its fused to false.",
@@ -423,11 +216,25 @@ class Plain:
             )
 
     def check(self) -> None:
-        """Refuses a strategy whose settings do not allow a switch.
+        """Refuses a strategy whose settings, or whose running optimizer, do not allow a switch.
 
         Raises:
             ConfigError: naming the setting.
         """
+        self.check_optimizer(self.optimizer)
+
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        """Refuses an optimizer that the strategy would break.
+
+        Raises:
+            ConfigError: for several for groups where groups or parameters become flat vectors.
+        """
+        if self._one_vector_of and isinstance(optimizer, CombinedOptimizer):
+            raise ConfigError(
+                f"{type(self.strategy).__name__} makes one flat vector of {self._one_vector_of}, so several optimizers cannot each "
+                "have their own. Choose one optimizer, or DDP or ModelParallelStrategy (FSDP2).",
+                "optimizer",
+            )
 
     def check_next(
         self, optimizer: Optimizer, lr_schedulers: Sequence[Any], gradient_clip_val: float | Literal["keep"] | None
@@ -442,22 +249,34 @@ class Plain:
         Raises:
             ConfigError: naming both settings that do not go together.
         """
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is None:
-            return
-        name, clip = type(optimizer).__name__, gradient_clip_val
-        if needs_closure(optimizer):
+        name = type(optimizer).__name__
+        if needs_closure(optimizer) and self._scales_loss:
             raise ConfigError(
                 f"{name} and trainer.precision={self.trainer.precision} do not go together. Train in bf16-mixed or 32-true.",
                 "optimizer",
             )
-        clips = bool(self.trainer.gradient_clip_val if clip == "keep" else clip)
-        if clips and getattr(optimizer, "_step_supports_amp_scaling", False):
+        clips = bool(self.trainer.gradient_clip_val if gradient_clip_val == "keep" else gradient_clip_val)
+        if clips and self._unscales(optimizer):
             raise ConfigError(
                 f"a fused {name} unscales by itself, so gradients cannot be clipped before under "
                 f"trainer.precision={self.trainer.precision}. Set fused to false, or gradient_clip_val to null.",
                 "optimizer.fused",
             )
+        if needs_closure(optimizer) and not self._gives_closure:
+            raise ConfigError(
+                f"{name} needs the whole parameters and a closure, which {type(self.strategy).__name__} does not give. Use one "
+                "process or DDP.",
+                "optimizer",
+            )
+        self.check_optimizer(optimizer)
+
+    @property
+    def _scales_loss(self) -> bool:
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
+
+    def _unscales(self, optimizer: Optimizer) -> bool:
+        """Whether a fused optimizer divides gradients by the loss scale within its step."""
+        return self._scales_loss and getattr(optimizer, "_step_supports_amp_scaling", False)
 
     def install(self, optimizer: Optimizer, lr_schedulers: Sequence[Mapping[str, Any]]) -> None:
         """Puts optimizer and schedulers in place of the running ones, which it keeps for `undo`.
@@ -494,33 +313,57 @@ class Plain:
         self.strategy.lr_scheduler_configs = lr_scheduler_configs
 
 
-class Sharded(Plain):
-    """FSDP and FSDP2: a plain optimizer of parameters that are sharded."""
+class DDP(Plain):
+    """Every process has the whole parameters, and its own batch."""
 
     def whole(self, tensors: Sequence[Tensor], rows: Tensor) -> Tensor:
-        flattened = _flattened_shards(self.strategy.model)
-        counts = [_different_parts(tensor, flattened) / self.trainer.world_size for tensor in tensors]
+        # That all decide as one does not rest on their having computed the same bits.
+        rows = rows.to(self.strategy.root_device)
+        torch.distributed.broadcast(rows, 0)
+        return rows
+
+    def hooks_see_own_gradients(self) -> bool:
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
+
+        comm_hook = self.strategy._ddp_comm_hook
+        if comm_hook not in (None, fp16_compress_hook, bf16_compress_hook):
+            name = getattr(comm_hook, "__name__", type(comm_hook).__name__)
+            raise ConfigError(
+                f"gradient noise is not available with {name}, after which gradients need not be the mean of the processes'. Use "
+                "none, fp16_compress_hook or bf16_compress_hook.",
+                "trainer.strategy.ddp_comm_hook",
+            )
+        return True
+
+
+class Sharded(Plain):
+    """FSDP and FSDP2: a plain optimizer of parameters that are cut into parts."""
+
+    holds_shards = True
+    _gives_closure = False
+
+    @property
+    def _loads_without_state(self) -> bool:
+        """Whether Lightning loads a checkpoint of an optimizer that keeps no state."""
+        return False
+
+    def _part_count(self, tensor: Tensor) -> int:
+        """Into how many different parts a parameter is cut among the ranks, some of which may hold the same part."""
+        raise NotImplementedError
+
+    def whole(self, tensors: Sequence[Tensor], rows: Tensor) -> Tensor:
         device = self.strategy.root_device
+        counts = [self._part_count(tensor) / self.trainer.world_size for tensor in tensors]
         shares = torch.tensor(counts, dtype=rows.dtype, device=device)
         summed: Tensor = self.strategy.reduce(rows.to(device) * shares, reduce_op="sum")
         return summed
-
-    def check(self) -> None:
-        if isinstance(self.strategy, FSDPStrategy) and not self.strategy.kwargs.get("use_orig_params"):
-            raise ConfigError(
-                "a switch under FSDP needs the module's own parameters. Leave use_orig_params at its default, true.",
-                "trainer.strategy.use_orig_params",
-            )
-        check_optimizer(self.trainer, self.optimizer)
 
     def check_next(
         self, optimizer: Optimizer, lr_schedulers: Sequence[Any], gradient_clip_val: float | Literal["keep"] | None
     ) -> None:
         super().check_next(optimizer, lr_schedulers, gradient_clip_val)
-        _refuse_closure(optimizer, self.strategy)
-        check_optimizer(self.trainer, optimizer)
         several = parts(optimizer)
-        loads = getattr(self.strategy, "_save_distributed_checkpoint", False) and len(several) == 1
+        loads = self._loads_without_state and len(several) == 1
         for key, part in several.items():
             if isinstance(part, SGD) and not loads and not any(group["momentum"] for group in part.param_groups):
                 way_out = " or use ModelParallelStrategy (FSDP2) with save_distributed_checkpoint=True" if len(several) == 1 else ""
@@ -531,14 +374,164 @@ class Sharded(Plain):
                 )
 
 
+class FSDP(Sharded):
+    """The first FSDP, whose units flatten their parameters into vectors and shard those."""
+
+    _one_vector_of = "parameters of several groups"
+
+    def _handles(self) -> list[Any]:
+        """What holds a unit's vector, for each unit that has one."""
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        units: list[Any] = FullyShardedDataParallel.fsdp_modules(self.strategy.model)
+        return [unit._handle for unit in units if unit._handle is not None]
+
+    @functools.cached_property
+    def _flattened(self) -> dict[int, tuple[tuple[int, ...], int]]:
+        """Shape of each flattened parameter, and into how many shards its vector is cut, by ``id``."""
+        return {
+            id(parameter): (tuple(shape), handle.world_size if handle.uses_sharded_strategy else 1)
+            for handle in self._handles()
+            for parameter, shape in zip(handle.flat_param._params or (), handle.flat_param._shapes, strict=False)
+        }
+
+    def _full_shape(self, tensor: Tensor) -> tuple[int, ...]:
+        shape, _ = self._flattened.get(id(tensor), (super()._full_shape(tensor), 1))
+        return shape
+
+    def _part_count(self, tensor: Tensor) -> int:
+        _, count = self._flattened.get(id(tensor), ((), 1))
+        return count
+
+    def flat_parameters(self) -> list[tuple[Tensor, list[tuple[Tensor | None, int]]]]:
+        found: list[tuple[Tensor, list[tuple[Tensor | None, int]]]] = []
+        for handle in self._handles():
+            flat = handle.flat_param
+            sizes = flat._numels_with_padding
+            if flat._params is None:  # without use_orig_params the optimizer has the vectors themselves
+                found.append((flat, [(flat, sum(sizes))]))
+                continue
+            unpadded = iter(flat._params)
+            members = [None if is_padding else next(unpadded) for is_padding in flat._is_padding_mask]
+            found.append((flat, list(zip(members, sizes, strict=True))))
+        return found
+
+    def hooks_see_own_gradients(self) -> bool:
+        allowed, given = ("FULL_SHARD", "SHARD_GRAD_OP"), self.strategy.sharding_strategy.name
+        if given not in allowed:
+            raise ConfigError(
+                f"gradient noise is not available with {given}, where several processes hold the same shard. Write "
+                f"{' or '.join(allowed)}.",
+                "trainer.strategy.sharding_strategy",
+            )
+        return True
+
+    @contextlib.contextmanager
+    def tested_as_fitted(self) -> Iterator[None]:
+        # FSDP would wrap the module once more, whose parameters are shards by now.
+        fitted = self.strategy.model
+        vars(self.strategy)["_setup_model"] = lambda _: fitted
+        try:
+            yield
+        finally:
+            del vars(self.strategy)["_setup_model"]
+
+    def check(self) -> None:
+        if not self.strategy.kwargs.get("use_orig_params"):
+            raise ConfigError(
+                "a switch under FSDP needs the module's own parameters. Leave use_orig_params at its default, true.",
+                "trainer.strategy.use_orig_params",
+            )
+        super().check()
+
+
+class FSDP2(Sharded):
+    """FSDP2 and tensor parallelism: parameters are DTensors."""
+
+    @property
+    def _loads_without_state(self) -> bool:
+        return bool(self.strategy._save_distributed_checkpoint)
+
+    def _part_count(self, tensor: Tensor) -> int:
+        if not isinstance(tensor, DTensor):
+            return 1
+        mesh = tensor.device_mesh
+        return math.prod(mesh.size(dim) for dim, placed in enumerate(tensor.placements) if not placed.is_replicate())
+
+    def hooks_see_own_gradients(self) -> bool:
+        return False
+
+    @property
+    def processes_with_own_batches(self) -> int:
+        return int(self.strategy.device_mesh["data_parallel"].size())
+
+    def configure_model(self) -> None:
+        module = self.trainer.lightning_module
+        if not any(True for _ in module.parameters()):
+            raise ConfigError(
+                f"{type(module).__name__} builds its layers in configure_model, which needs the devices of this strategy. Preview "
+                "it with another.",
+                "trainer.strategy",
+            )
+        self.strategy._device_mesh = _PlannedMesh(self.strategy)
+
+    def forget_preview(self) -> None:
+        self.strategy._device_mesh = None
+
+
+class _PlannedMesh:
+    """What Lightning asks the devices of ``ModelParallelStrategy`` for when it parts the data, before there are processes."""
+
+    def __init__(self, strategy: ModelParallelStrategy) -> None:
+        size = strategy._data_parallel_size
+        self._size = strategy.num_nodes if size == "auto" else size
+
+    def __getitem__(self, _: str) -> _PlannedMesh:
+        return self
+
+    def size(self) -> int:
+        return self._size
+
+    def get_local_rank(self) -> int:
+        return 0
+
+
 class DeepSpeed(Plain):
     """ZeRO-1, 2 and 3: the engine wraps the optimizer, and must destroy the old wrapper before it makes the new one.
 
     So there is no way back: between the two nothing can be saved, and an error there ends the run.
     """
 
+    _gives_closure = False
+    _one_vector_of = "each group"
+
+    def _full_shape(self, tensor: Tensor) -> tuple[int, ...]:
+        return tuple(getattr(tensor, "ds_shape", tensor.shape))  # ZeRO-3 leaves an empty tensor
+
+    def hooks_see_own_gradients(self) -> bool:
+        raise ConfigError(
+            f"gradient noise is not available under {type(self.strategy).__name__}, which frees gradients when it has reduced "
+            "them. Use one process with accumulation, DDP, FSDP or FSDP2.",
+            "trainer.strategy",
+        )
+
+    @contextlib.contextmanager
+    def tested_as_fitted(self) -> Iterator[None]:
+        # ZeRO-3 asks the optimizer, which a test does not have, to take over the weights that were loaded (issue 7272 of
+        # DeepSpeed, seen on 0.19).
+        def expect_no_optimizer(_: Path) -> None:
+            optimizer = self.strategy.model.optimizer
+            if optimizer is not None and not hasattr(optimizer, "_restore_from_bit16_weights"):
+                optimizer._restore_from_bit16_weights = lambda: None
+
+        remove = before_restore(self.trainer, expect_no_optimizer)
+        try:
+            yield
+        finally:
+            remove()
+
     def check(self) -> None:
-        check_optimizer(self.trainer, self.optimizer)
+        super().check()
         windows = self.trainer.accumulate_grad_batches
         if windows > 1:
             rank_zero_warn(
@@ -550,8 +543,7 @@ class DeepSpeed(Plain):
     def check_next(
         self, optimizer: Optimizer, lr_schedulers: Sequence[Any], gradient_clip_val: float | Literal["keep"] | None
     ) -> None:
-        _refuse_closure(optimizer, self.strategy)
-        check_optimizer(self.trainer, optimizer)
+        super().check_next(optimizer, lr_schedulers, gradient_clip_val)
         self._check_class(optimizer)
         if len(lr_schedulers) > 1:
             raise ConfigError(
@@ -633,76 +625,6 @@ class DeepSpeed(Plain):
         """Nothing: the old optimizer is destroyed, and `install` lets nothing be saved until the new one stands."""
 
 
-def _different_parts(tensor: Tensor, flattened: Mapping[int, int]) -> int:
-    """Into how many parts a parameter is cut among the ranks; some of them may hold the same part."""
-    if isinstance(tensor, DTensor):
-        mesh = tensor.device_mesh
-        return math.prod(mesh.size(dim) for dim, placed in enumerate(tensor.placements) if not placed.is_replicate())
-    return flattened.get(id(tensor), 1)
-
-
-def _flattened_shards(model: nn.Module) -> dict[int, int]:
-    """Of what FSDP has flattened, into how many shards each parameter is cut, by ``id``."""
-    handles = [handle for module in model.modules() if (handle := getattr(module, "_handle", None)) is not None]
-    return {
-        id(parameter): handle.world_size if handle.uses_sharded_strategy else 1
-        for handle in handles
-        for parameter in handle.flat_param._params or ()
-    }
-
-
-PLACEMENTS: dict[type, type[Plain]] = {
-    SingleDeviceStrategy: Plain,
-    DDPStrategy: Plain,
-    FSDPStrategy: Sharded,
-    ModelParallelStrategy: Sharded,
-    DeepSpeedStrategy: DeepSpeed,
-}
-"""Strategies on which a switch is available, with their subclasses; the nearest base counts."""
-
-
-def running_optimizer(trainer: Trainer) -> Optimizer:
-    """The first optimizer of the ecosystem that trains, without what DeepSpeed wraps around it."""
-    return _unwrapped(trainer.optimizers[0])
-
-
-def _unwrapped(optimizer: Any) -> Any:
-    return optimizer if isinstance(optimizer, Optimizer) else getattr(optimizer, "optimizer", optimizer)
-
-
-def _replaced(items: list[Any], index: int, item: Any) -> list[Any]:
-    return [*items[:index], item, *items[index + 1 :]]
-
-
-def _members(groups: list[dict[str, Any]]) -> list[list[int]]:
-    return [[id(tensor) for tensor in group["params"]] for group in groups]
-
-
-def _refuse_closure(optimizer: Optimizer, strategy: Any) -> None:
-    if needs_closure(optimizer):
-        raise ConfigError(
-            f"{type(optimizer).__name__} needs the whole parameters and a closure, which {type(strategy).__name__} does not give. "
-            "Use one process or DDP.",
-            "optimizer",
-        )
-
-
-def check_optimizer(trainer: Trainer, optimizer: Optimizer) -> None:
-    """Refuses an optimizer that the trainer's strategy would break.
-
-    Raises:
-        ConfigError: for several for groups where groups or parameters become flat vectors.
-    """
-    flat = {DeepSpeedStrategy: "each group", FSDPStrategy: "parameters of several groups"}
-    what = next((what for base, what in flat.items() if isinstance(trainer.strategy, base)), None)
-    if what is not None and isinstance(optimizer, CombinedOptimizer):
-        raise ConfigError(
-            f"{type(trainer.strategy).__name__} makes one flat vector of {what}, so several optimizers cannot each have their own. "
-            "Choose one optimizer, or DDP or ModelParallelStrategy (FSDP2).",
-            "optimizer",
-        )
-
-
 def _refuse_to_save(*_: Any, **__: Any) -> None:
     raise RuntimeError("DeepSpeed has destroyed the old optimizer and the new one does not stand yet: nothing can be saved.")
 
@@ -720,6 +642,165 @@ def _master_weights(wrapper: Any) -> list[Tensor]:
     lists = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition", "fp32_groups")
     found = next((getattr(wrapper, name) for name in lists if hasattr(wrapper, name)), ())
     return [tensor for item in found for tensor in (item if isinstance(item, list) else [item])]
+
+
+class Unknown(Plain):
+    """A strategy that no other class here serves: it is previewed and tested as if it were one process, and not switched on."""
+
+    def check(self) -> None:
+        raise ConfigError(
+            f"a switch is not available on {type(self.strategy).__name__}. Available: "
+            f"{', '.join(base.__name__ for base in PLACEMENTS)}, and what is derived from them. Another one needs a class of its "
+            "own in lightning_adaptive/strategies.py, a subclass of Plain.",
+            "trainer.strategy",
+        )
+
+    def hooks_see_own_gradients(self) -> bool:
+        raise ConfigError(
+            f"gradient noise is not available on {type(self.strategy).__name__}. Available: one process, DDP, FSDP, FSDP2, and "
+            "what is derived from them.",
+            "trainer.strategy",
+        )
+
+
+PLACEMENTS: dict[type, type[Plain]] = {
+    SingleDeviceStrategy: Plain,
+    DDPStrategy: DDP,
+    FSDPStrategy: FSDP,
+    ModelParallelStrategy: FSDP2,
+    DeepSpeedStrategy: DeepSpeed,
+}
+"""Strategies on which a switch is available, with their subclasses; the nearest base counts."""
+
+
+def _replaced(items: list[Any], index: int, item: Any) -> list[Any]:
+    return [*items[:index], item, *items[index + 1 :]]
+
+
+def _members(groups: list[dict[str, Any]]) -> list[list[int]]:
+    return [[id(tensor) for tensor in group["params"]] for group in groups]
+
+
+def opens_accumulation_window(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether a batch is the first of those that are accumulated into one step."""
+    return batch_idx % trainer.accumulate_grad_batches == 0
+
+
+def closes_accumulation_window(trainer: Trainer) -> bool:
+    """Whether the batch that is being trained on is the last of those that are accumulated; an epoch's last one always is."""
+    return not trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def running_optimizer(trainer: Trainer) -> Optimizer:
+    """The first optimizer of the ecosystem that trains, without what DeepSpeed wraps around it."""
+    return _unwrapped(trainer.optimizers[0])
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    return optimizer if isinstance(optimizer, Optimizer) else getattr(optimizer, "optimizer", optimizer)
+
+
+def parameter_names(module: LightningModule) -> dict[int, str]:
+    """Names of the module's parameters by ``id``; a tied parameter has the first of its names."""
+    return {id(parameter): _plain(name) for name, parameter in module.named_parameters()}
+
+
+def parameters(module: LightningModule) -> dict[str, Tensor]:
+    """The module's parameters by name, with the names that `parameter_names` gives."""
+    return {_plain(name): parameter for name, parameter in module.named_parameters()}
+
+
+def described(module: LightningModule) -> list[Parameter]:
+    """What rules for groups can know of the module's parameters, by the names that `parameters` gives.
+
+    Args:
+        module: a module that is attached to its trainer; in place, where the strategy shards.
+    """
+    shapes = placement(module.trainer).full_shapes(module)
+    found: dict[int, Parameter] = {}
+    # With duplicates, so that a tied parameter is known under each of its names.
+    for prefix, holder in module.named_modules(remove_duplicate=False):
+        for name, tensor in holder.named_parameters(prefix, recurse=False):
+            plain, classes = _plain(name), _class_names(type(holder))
+            first = found.get(id(tensor))
+            if first is None:
+                found[id(tensor)] = Parameter(plain, shapes.get(plain), classes, tensor.requires_grad)
+            elif plain not in first.names:
+                both = tuple(dict.fromkeys((*first.modules, *classes)))
+                found[id(tensor)] = replace(first, modules=both, aliases=(*first.aliases, plain))
+    return list(found.values())
+
+
+def _class_names(cls: type[nn.Module]) -> tuple[str, ...]:
+    """A module's class and its bases, as a user may write them; of torch's also the short path."""
+    names: dict[str, None] = {}
+    for base in cls.__mro__:
+        if issubclass(base, nn.Module) and base is not nn.Module:
+            names |= dict.fromkeys((base.__name__, f"{base.__module__}.{base.__qualname__}"))
+            if vars(nn).get(base.__name__) is base:
+                names[f"torch.nn.{base.__name__}"] = None
+    return tuple(names)
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without what wrappers put into it."""
+    for wrapper in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
+        name = name.replace(wrapper, "")
+    return name
+
+
+@contextlib.contextmanager
+def staged(trainer: Trainer, module: LightningModule, train_dataloaders: Any = None, datamodule: Any = None) -> Iterator[None]:
+    """Within it the trainer stands as before the first step of a fit, in this process alone.
+
+    Data and optimizers are set up; no process is started, no model is moved or sharded, nothing is logged, no callback is called,
+    and the random states are afterwards what they were.
+
+    Args:
+        trainer: a trainer that is not running.
+        module: the module that it would fit.
+        train_dataloaders: the training data, in one of the forms that ``trainer.fit`` takes.
+        datamodule: or the data as a whole.
+
+    Raises:
+        ConfigError: for a module whose layers need the devices of ``ModelParallelStrategy`` to be built.
+    """
+    if isinstance(train_dataloaders, LightningDataModule):
+        train_dataloaders, datamodule = None, train_dataloaders
+    strategy: Any = trainer.strategy
+    state = trainer.state.fn, trainer.state.status, trainer.state.stage
+    trainer.state.fn, trainer.state.status, trainer.state.stage = TrainerFn.FITTING, TrainerStatus.RUNNING, RunningStage.TRAINING
+    try:
+        with isolate_rng():
+            _stage(trainer, module, train_dataloaders, datamodule)
+            yield
+    finally:
+        trainer.fit_loop.teardown()
+        strategy.optimizers, strategy.lr_scheduler_configs = [], []
+        placement(trainer).forget_preview()
+        trainer.state.fn, trainer.state.status, trainer.state.stage = state
+
+
+def _stage(trainer: Trainer, module: LightningModule, train_dataloaders: Any, datamodule: Any) -> None:
+    """What ``trainer.fit`` does before the first step, in its order, without what needs other processes or devices."""
+    strategy, connector = trainer.strategy, trainer._data_connector
+    connector.attach_data(module, train_dataloaders=train_dataloaders, datamodule=datamodule)
+    loop = trainer.fit_loop
+    loop.min_epochs, loop.max_epochs = _parse_loop_limits(
+        trainer.min_steps, trainer.max_steps, trainer.min_epochs, trainer.max_epochs, trainer
+    )
+    strategy.connect(module)
+    trainer._callback_connector._attach_model_callbacks()
+    if hasattr(strategy, "set_world_ranks"):
+        strategy.set_world_ranks()  # so that the data are parted as they will be
+    connector.prepare_data()
+    if datamodule is not None:
+        _call_lightning_datamodule_hook(trainer, "setup", stage="fit")
+    _call_lightning_module_hook(trainer, "setup", stage="fit")
+    placement(trainer).configure_model()
+    loop.setup_data()
+    optimizers, configs = _init_optimizers_and_lr_schedulers(module)
+    strategy.optimizers, strategy.lr_scheduler_configs = optimizers, configs
 
 
 def before_restore(trainer: Trainer, function: Callable[[Path], None], first: bool = False) -> Callable[[], None]:
@@ -775,36 +856,6 @@ class _LoadCheckpoint:
             self._strategy.optimizers = optimizers
 
 
-@contextlib.contextmanager
-def tested_as_fitted(trainer: Trainer) -> Iterator[None]:
-    """Within it ``trainer.test`` takes the model that was just fitted, also where Lightning or DeepSpeed cannot.
-
-    FSDP would wrap the module once more, whose parameters are shards by then. ZeRO-3 asks the optimizer, which a test does not
-    have, to take over the weights that were loaded (issue 7272 of DeepSpeed, seen on 0.19).
-    """
-    strategy: Any = trainer.strategy
-    remove = None
-    if isinstance(strategy, FSDPStrategy):
-        vars(strategy)["_setup_model"] = functools.partial(_as_fitted, strategy.model)
-    elif isinstance(strategy, DeepSpeedStrategy):
-        remove = before_restore(trainer, lambda _: _expect_no_optimizer(strategy.model))
-    try:
-        yield
-    finally:
-        vars(strategy).pop("_setup_model", None)
-        if remove is not None:
-            remove()
-
-
-def _as_fitted(fitted: Any, _: nn.Module) -> Any:
-    return fitted
-
-
-def _expect_no_optimizer(engine: Any) -> None:
-    if engine.optimizer is not None and not hasattr(engine.optimizer, "_restore_from_bit16_weights"):
-        engine.optimizer._restore_from_bit16_weights = lambda: None
-
-
 def end_processes(trainer: Trainer) -> None:
     """Ends the processes that Lightning's launcher started from this one, if it did.
 
@@ -828,10 +879,3 @@ def take_processes() -> list[subprocess.Popen[bytes]]:
             processes += thread._child_processes
             thread._child_processes = []
     return processes
-
-
-def _plain(name: str) -> str:
-    """A parameter's name without what wrappers put into it."""
-    for wrapper in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
-        name = name.replace(wrapper, "")
-    return name

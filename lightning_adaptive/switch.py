@@ -335,7 +335,7 @@ class OptimizerSwitchCallback(Callback):
         first_groups = settings.of_groups(placement.optimizer, "param_groups")
         self._first = {**settings.of_optimizer(placement.optimizer, "optimizer"), **first_groups, **first_schedule}
         self._options = _options(placement.optimizer)
-        name, shapes = class_name(placement.optimizer), strategies.full_shapes(trainer)
+        name, shapes = class_name(placement.optimizer), placement.full_shapes(pl_module)
         if self._state.phase == 0:
             begun = SwitchState(optimizer=name, partition=partition, trigger=self._state.trigger, shapes=shapes)
             self._state, self._configured = begun, partition

@@ -28,7 +28,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.optim import SGD
 
 from lightning_adaptive.checkpoints import METADATA, read_metadata
-from lightning_adaptive.strategies import SEEN, flat_parameters, warn_if_unseen
+from lightning_adaptive.strategies import SEEN, placement, warn_if_unseen
 from tests.cpu_strategies import STRATEGIES, ShardableNet
 from tests.pair import Pair
 from tests.support import ROOT, Net, loader, trainer
@@ -123,7 +123,7 @@ def test_fsdp_still_wraps_in_a_method_of_this_name() -> None:
 
 
 def test_zero_3_without_an_optimizer_still_lacks_what_is_asked_of_it(pair: Pair) -> None:
-    """When this fails, the repair in ``strategies.tested_as_fitted`` can go."""
+    """When this fails, the repair in ``DeepSpeed.tested_as_fitted`` can go."""
     assert pair.run(deepspeed_lacks) == [True] * 2
 
 
@@ -191,7 +191,9 @@ def flattened() -> list[tuple[int, list[int]]]:
 
     class Looking(Callback):
         def on_before_backward(self, trainer: Trainer, *_: Any) -> None:
-            found.extend((sum(count for _, count in held), [count for _, count in held]) for _, held in flat_parameters(trainer))
+            found.extend(
+                (sum(count for _, count in held), [count for _, count in held]) for _, held in placement(trainer).flat_parameters()
+            )
 
     runner = trainer(strategy=STRATEGIES["fsdp sharded"](), devices=2, max_epochs=1, limit_train_batches=1, callbacks=[Looking()])
     runner.fit(Net(), loader())

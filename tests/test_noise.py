@@ -949,18 +949,18 @@ def test_refuses_gradients_that_are_not_the_mean() -> None:
     def half(state: Any, bucket: Any) -> None: ...
 
     with pytest.raises(ConfigError) as caught:
-        strategies.hooks_see_own_gradients(SimpleNamespace(strategy=DDPStrategy(ddp_comm_hook=half)))  # type: ignore[arg-type]
+        strategies.placement(SimpleNamespace(strategy=DDPStrategy(ddp_comm_hook=half))).hooks_see_own_gradients()  # type: ignore[arg-type]
     assert str(caught.value) == (
         "trainer.strategy.ddp_comm_hook: gradient noise is not available with half, after which gradients need not be the mean of "
         "the processes'. Use none, fp16_compress_hook or bf16_compress_hook."
     )
     allowed = SimpleNamespace(strategy=DDPStrategy(ddp_comm_hook=fp16_compress_hook))
-    assert strategies.hooks_see_own_gradients(allowed)  # type: ignore[arg-type]
+    assert strategies.placement(allowed).hooks_see_own_gradients()  # type: ignore[arg-type]
 
 
 def test_refuses_other_strategies_and_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError) as caught:
-        strategies.hooks_see_own_gradients(SimpleNamespace(strategy=object()))  # type: ignore[arg-type]
+        strategies.placement(SimpleNamespace(strategy=object())).hooks_see_own_gradients()  # type: ignore[arg-type]
     assert str(caught.value) == (
         "trainer.strategy: gradient noise is not available on object. Available: one process, DDP, FSDP, FSDP2, and what is "
         "derived from them."

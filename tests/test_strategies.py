@@ -19,7 +19,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 from torch.optim import LBFGS, SGD, Adam, AdamW
 
 from lightning_adaptive import ConfigError, OptimizerSwitchCallback
-from lightning_adaptive.strategies import before_restore, full_shapes
+from lightning_adaptive.strategies import before_restore, placement
 from tests import matrix
 from tests.cpu_strategies import STRATEGIES, ShardableNet
 from tests.matrix import Ended, to_sgd
@@ -54,7 +54,7 @@ def shapes_of(strategy: str) -> dict[str, Any]:
 
     class Look(Callback):
         def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            seen.update(full_shapes(trainer))
+            seen.update(placement(trainer).full_shapes(pl_module))
 
     trainer(strategy=STRATEGIES[strategy](), devices=2, max_steps=1, callbacks=[Look()]).fit(ShardableNet(), loader())
     return seen

@@ -565,7 +565,7 @@ def test_a_strategy_that_is_not_known_is_named() -> None:
 
     unknown = SimpleNamespace(strategy=MyStrategy())
     with pytest.raises(ConfigError) as caught:
-        placement(unknown)  # type: ignore[arg-type]
+        placement(unknown).check()  # type: ignore[arg-type]
     assert str(caught.value) == (
         "trainer.strategy: a switch is not available on MyStrategy. Available: SingleDeviceStrategy, DDPStrategy, FSDPStrategy, "
         "ModelParallelStrategy, DeepSpeedStrategy, and what is derived from them. Another one needs a class of its own in "

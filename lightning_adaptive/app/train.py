@@ -114,7 +114,7 @@ def _test(trainer: Trainer, model: LightningModule, data: LightningDataModule) -
         return {}
     callback: Any = trainer.checkpoint_callback
     best = getattr(callback, "best_model_path", "") or None
-    with strategies.tested_as_fitted(trainer):
+    with strategies.placement(trainer).tested_as_fitted():
         [metrics] = trainer.test(model, datamodule=data, ckpt_path=best, verbose=False, weights_only=True)
     return dict(metrics)
 
