@@ -608,6 +608,7 @@ class DeepSpeed(Plain):
         old = engine.optimizer
         masters = [master.detach().clone() for master in _master_weights(old)]
         scalers = {name: vars(old)[name] for name in ("loss_scaler", "loss_scale_config") if name in vars(old)}
+        saving = vars(strategy).get("save_checkpoint")  # that of `ExactResume`, if there is one
         strategy.save_checkpoint = _refuse_to_save
         if hasattr(old, "destroy"):
             old.destroy()
@@ -620,6 +621,8 @@ class DeepSpeed(Plain):
         vars(engine.optimizer).update(scalers)
         self._put([engine.optimizer], [LRSchedulerConfig(**lr_scheduler)])
         del strategy.save_checkpoint
+        if saving is not None:
+            strategy.save_checkpoint = saving
 
     def undo(self) -> None:
         """Nothing: the old optimizer is destroyed, and `install` lets nothing be saved until the new one stands."""
