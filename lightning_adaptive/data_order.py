@@ -31,27 +31,25 @@ class OrderedLoader:
 
     def __init__(self, loader: DataLoader, place: Callable[[], tuple[int, int]], before_batch: Callable[[], None]) -> None:
         samplers = list(_samplers(loader))
-        own_seed = next((sampler.seed for sampler in samplers if isinstance(sampler, DistributedSampler)), None)
-        own_generator = next((found for sampler in samplers if (found := _generator(sampler)) is not None), None)
-        generator_seed = None if own_generator is None else own_generator.initial_seed()
+        seeds = [(sampler, sampler.seed) for sampler in samplers if isinstance(sampler, DistributedSampler)]
+        generators = [(sampler, sampler.generator) for sampler in samplers if _draws(sampler)]
+        own_seeds = [*(seed for _, seed in seeds), *(given.initial_seed() for _, given in generators if given is not None)]
         iterated = copy.copy(loader)
-        order = _Order(loader.batch_sampler if loader.batch_sampler is not None else loader.sampler)
-        generator = torch.Generator()
-        vars(iterated)["batch_sampler" if loader.batch_sampler is not None else "sampler"] = order
-        vars(iterated)["generator"] = generator
-        if loader.num_workers and loader.batch_sampler is not None:
+        kind = "sampler" if loader.batch_sampler is None else "batch_sampler"
+        order = _Order(getattr(loader, kind))
+        vars(iterated).update({kind: order, "generator": torch.Generator()})
+        if loader.num_workers and kind == "batch_sampler":
             vars(iterated)["dataset"] = _SeededDataset(loader.dataset)
-        given = [(sampler, _generator(sampler)) for sampler in samplers if _draws(sampler)]
         vars(self).update(
             _loader=loader,
             _iterated=iterated,
             _order=order,
             _samplers=samplers,
-            _generators=given,
-            _seeds=[(sampler, sampler.seed) for sampler in samplers if isinstance(sampler, DistributedSampler)],
+            _generators=generators,
+            _seeds=seeds,
             _place=place,
             _before_batch=before_batch,
-            own_seed=generator_seed if own_seed is None else own_seed,
+            own_seed=own_seeds[0] if own_seeds else None,
             seed=0,
             cycles=True,
         )
@@ -179,13 +177,8 @@ def doubt(loader: Any) -> str:
     Args:
         loader: what was given to Lightning for training.
     """
-    if not isinstance(loader, DataLoader):
-        return f"{type(loader).__name__} is no torch DataLoader, so a resumed epoch begins where it likes to. Give a DataLoader."
-    if isinstance(loader.dataset, IterableDataset):
-        name = type(loader.dataset).__name__
-        return f"{name} is an IterableDataset, so a resumed epoch begins at its start. Give a dataset with __getitem__ and __len__."
-    if callable(getattr(loader, "state_dict", None)):
-        return f"{type(loader).__name__} keeps its own position, which Lightning loses at the end of an epoch. Give a DataLoader."
+    if obstacle := _obstacle(loader):
+        return obstacle
     for sampler in _samplers(loader):
         is_fixed = type(sampler) in (SequentialSampler, BatchSampler) or hasattr(sampler, "_sampler")
         if not is_fixed and not _draws(sampler) and not callable(getattr(sampler, "set_epoch", None)):
@@ -196,8 +189,18 @@ def doubt(loader: Any) -> str:
 
 def can_be_ordered(loader: Any) -> bool:
     """Whether `OrderedLoader` can stand for a training loader."""
-    is_plain = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
-    return is_plain and not callable(getattr(loader, "state_dict", None))
+    return not _obstacle(loader)
+
+
+def _obstacle(loader: Any) -> str:
+    if not isinstance(loader, DataLoader):
+        return f"{type(loader).__name__} is no torch DataLoader, so a resumed epoch begins where it likes to. Give a DataLoader."
+    if isinstance(loader.dataset, IterableDataset):
+        name = type(loader.dataset).__name__
+        return f"{name} is an IterableDataset, so a resumed epoch begins at its start. Give a dataset with __getitem__ and __len__."
+    if callable(getattr(loader, "state_dict", None)):
+        return f"{type(loader).__name__} keeps its own position, which Lightning loses at the end of an epoch. Give a DataLoader."
+    return ""
 
 
 def _samplers(loader: Any) -> Iterator[Any]:
@@ -218,8 +221,3 @@ def _samplers(loader: Any) -> Iterator[Any]:
 
 def _draws(sampler: Any) -> bool:
     return hasattr(sampler, "generator") and (sampler.generator is None or isinstance(sampler.generator, torch.Generator))
-
-
-def _generator(sampler: Any) -> torch.Generator | None:
-    generator = getattr(sampler, "generator", None)
-    return generator if isinstance(generator, torch.Generator) else None

@@ -119,16 +119,18 @@ class ExactResume(Callback):
 
     def __init__(self, strict: bool = False) -> None:
         self.strict = strict
-        self._saved: SavedState | None = None
         self._seeds: list[int] = []
+        self._stop_checking: Callable[[], None] | None = None
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._saved: SavedState | None = None
+        self._left_at: _Place | None = None
         self._loaders: list[OrderedLoader] = []
         self._doubts: list[str] = []
         self._boundary: States | None = None
         self._boundary_at = -1
         self._before_validation: States | None = None
-        self._resumes = False
-        self._left_at: _Place = "at a step"
-        self._stop_checking: Callable[[], None] | None = None
 
     # Lightning's hooks
 
@@ -136,9 +138,7 @@ class ExactResume(Callback):
         if stage != "fit":
             return
         strategies.warn_if_unseen()
-        self._saved, self._resumes, self._left_at = None, False, "at a step"
-        self._boundary, self._boundary_at, self._before_validation = None, -1, None
-        self._loaders, self._doubts = [], []
+        self._begin_anew()
         if not trainer.global_step:
             self._seeds = []  # another run than the one before, if there was one
         strategy: Any = trainer.strategy
@@ -148,7 +148,8 @@ class ExactResume(Callback):
             self._doubts.append("AsyncCheckpointIO writes when it likes to, so a crash may leave half a checkpoint. Write at once.")
         else:
             strategy.save_checkpoint = functools.partial(_save_whole, strategy)
-        self._stop_checking = strategies.before_restore(trainer, functools.partial(_check, trainer), first=True)
+        check = functools.partial(_on_first_process, trainer, _check_checkpoint)
+        self._stop_checking = strategies.before_restore(trainer, check, first=True)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -160,7 +161,7 @@ class ExactResume(Callback):
             self._before_validation = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.fit_loop.restarting and _metrics_of_plateaus(trainer) <= trainer.callback_metrics.keys():
+        if trainer.fit_loop.restarting and _plateaus_have_metrics(trainer):
             # Else Lightning leaves plateau schedules out at the end of the epoch in which it resumed.
             _no_longer_restarting(trainer)
 
@@ -171,16 +172,12 @@ class ExactResume(Callback):
             loops.pop("combined_loader", None)  # empty, and a run without this callback could not place it
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint.get("callbacks", {}).get(self.state_key)
         if trainer.state.fn != "fit":
             return
-        self._resumes = True
-        saved = None if state is None else SavedState.from_dict(state)
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        saved = self._saved = None if state is None else SavedState.from_dict(state)
         loops = checkpoint["loops"]["fit_loop"]
         self._left_at = repair_counts(loops, saved.pending if saved else 0, saved.validates if saved else None)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._saved = SavedState.from_dict(state_dict)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._let_go(trainer, "process_dataloader", "on_train_start")  # callbacks that save on an exception come after this one
@@ -202,7 +199,7 @@ class ExactResume(Callback):
         return SavedState(
             random=_gathered(trainer, packed),
             seeds=_gathered(trainer, torch.tensor(self._seeds, dtype=torch.int64)).tolist(),
-            batch_sizes=[int(getattr(loader, "batch_size", 0) or 0) for loader in _training_loaders(trainer)],
+            batch_sizes=_batch_sizes(trainer),
             pending=pending,
             validates=between and _is_validation_due(trainer),
             has_batch_norm=any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in pl_module.modules()),
@@ -223,9 +220,9 @@ class ExactResume(Callback):
         loader = type(trainer.strategy).process_dataloader(trainer.strategy, loader)
         if not trainer.training:
             return _neutral(loader)
-        by_hand = is_param_in_hook_signature(trainer.lightning_module.training_step, "dataloader_iter", explicit=True)
-        unclear = "training_step takes batches by itself, so their number is not known. Let it take a batch." if by_hand else ""
-        unclear = unclear or doubt(loader)
+        unclear, by_hand = doubt(loader), False
+        if is_param_in_hook_signature(trainer.lightning_module.training_step, "dataloader_iter", explicit=True):
+            unclear, by_hand = "training_step takes batches by itself, so their number is not known. Let it take a batch.", True
         if unclear and unclear not in self._doubts:
             self._doubts.append(unclear)
         if by_hand or not can_be_ordered(loader):
@@ -253,10 +250,10 @@ class ExactResume(Callback):
     def _begin(self, trainer: Trainer) -> None:
         """Stands in place of the strategy's ``on_train_start``, which comes after everybody else's and before the first epoch."""
         type(trainer.strategy).on_train_start(trainer.strategy)
-        _first_process(trainer, functools.partial(_check_folders, trainer))
+        _on_first_process(trainer, _check_folders, trainer)
         self._say([*self._doubts, *_doubts_of_optimizers(trainer)], ConfigError)
-        if not self._resumes:
-            return
+        if self._left_at is None:
+            return  # nothing was loaded
         saved, self._saved = self._saved, None
         self._say(_doubts_of_resume(trainer, saved), CheckpointError)
         if saved is None:
@@ -272,7 +269,7 @@ class ExactResume(Callback):
         trainer._logger_connector._callback_metrics.update({name: torch.tensor(value) for name, value in saved.metrics.items()})
         if self._left_at == "over":
             # A fresh epoch begins. That a plateau schedule saw the old one came after the checkpoint.
-            if _metrics_of_plateaus(trainer) <= trainer.callback_metrics.keys():
+            if _plateaus_have_metrics(trainer):
                 loop.epoch_progress.current.completed -= 1
                 loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
                 loop.epoch_progress.current.completed += 1
@@ -369,7 +366,7 @@ def _doubts_of_resume(trainer: Trainer, saved: SavedState | None) -> list[str]:
     doubts = []
     if len(saved.seeds) != trainer.world_size:
         doubts.append(f"{len(saved.seeds)} processes wrote the checkpoint, and {trainer.world_size} go on.")
-    sizes = [int(getattr(loader, "batch_size", 0) or 0) for loader in _training_loaders(trainer)]
+    sizes = _batch_sizes(trainer)
     if sizes != saved.batch_sizes:
         doubts.append(f"batches had {_listed(saved.batch_sizes)} samples in the checkpoint and have {_listed(sizes)} now.")
     if saved.pending and saved.has_batch_norm:
@@ -407,6 +404,10 @@ def _training_loaders(trainer: Trainer) -> list[Any]:
     return [] if combined is None else combined.flattened
 
 
+def _batch_sizes(trainer: Trainer) -> list[int]:
+    return [int(getattr(loader, "batch_size", 0) or 0) for loader in _training_loaders(trainer)]
+
+
 def _is_validation_due(trainer: Trainer) -> bool:
     fetcher = trainer.fit_loop._data_fetcher
     return fetcher is not None and bool(trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher))
@@ -416,8 +417,9 @@ def _no_longer_restarting(trainer: Trainer) -> None:
     _Loop.restarting.fset(trainer.fit_loop, False)  # type: ignore[attr-defined] # its own setter does not listen under max_steps
 
 
-def _metrics_of_plateaus(trainer: Trainer) -> set[str]:
-    return {str(config.monitor) for config in trainer.lr_scheduler_configs if config.reduce_on_plateau}
+def _plateaus_have_metrics(trainer: Trainer) -> bool:
+    monitored = {config.monitor for config in trainer.lr_scheduler_configs if config.reduce_on_plateau}
+    return monitored <= trainer.callback_metrics.keys()
 
 
 def _neutral(loader: Any) -> Any:
@@ -464,12 +466,8 @@ def _seal(strategy: Any, folder: Path) -> None:
         checkpoints.seal(folder, {name: value for share in shares for name, value in share.items()})
 
 
-def _check(trainer: Trainer, path: Path) -> None:
-    """Refuses a checkpoint that is damaged, or from which no run can go on."""
-    _first_process(trainer, functools.partial(_check_checkpoint, path))
-
-
 def _check_checkpoint(path: Path) -> None:
+    """Refuses a checkpoint that is damaged, or from which no run can go on."""
     checkpoints.check(path)
     try:
         metadata = checkpoints.read_metadata(path)
@@ -497,8 +495,8 @@ def _check_folders(trainer: Trainer) -> None:
                 raise CheckpointError(f"no checkpoint can be written in {folder}: {error.strerror}.") from error
 
 
-def _first_process(trainer: Trainer, check: Callable[[], None]) -> None:
-    """Runs a check on the first process; what it refuses is refused on every process.
+def _on_first_process(trainer: Trainer, check: Callable[[Any], None], checked: Any) -> None:
+    """Runs a check of something on the first process; what it refuses is refused on every process.
 
     Raises:
         CheckpointError: as the check does.
@@ -506,7 +504,7 @@ def _first_process(trainer: Trainer, check: Callable[[], None]) -> None:
     message = ""
     if trainer.is_global_zero:
         try:
-            check()
+            check(checked)
         except CheckpointError as error:
             message = str(error)
     message = trainer.strategy.broadcast(message)
