@@ -29,10 +29,6 @@ def partial(target: Path) -> Path:
     return target.with_name(f".{target.name}.partial")
 
 
-def _old(target: Path) -> Path:
-    return target.with_name(f".{target.name}.old")
-
-
 def digests(folder: Path, share: int = 0, shares: int = 1) -> dict[str, list[str | int]]:
     """Size and digest of a folder's files, or of one of several shares of them, by their name in the folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
@@ -61,7 +57,7 @@ def publish(written: Path, target: Path) -> None:
     """
     if written.is_file():
         _to_disk(written)
-    old = _old(target)
+    old = target.with_name(f".{target.name}.old")
     if target.is_dir() and not target.is_symlink():
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
@@ -116,6 +112,27 @@ def _is_misread(entry: zipfile.ZipInfo) -> bool:
     return (is_stored and entry.compress_size != entry.file_size) or bool(entry.external_attr & 0x10)
 
 
+def _fault_of_folder(folder: Path) -> str:
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        metadata = metadata_file(folder)
+        if metadata is None:
+            return "a folder, but no checkpoint of FSDP, FSDP2 or DeepSpeed, or not a whole one"
+        wrong = _fault_of_file(metadata)
+        return f"{metadata.relative_to(folder).as_posix()} in it: {wrong}" if wrong else ""
+    try:
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+        for name, (size, digest) in files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"damaged: {name} is missing"
+            if path.stat().st_size != size or _digest(path) != digest:
+                return f"damaged: {name} is not what was written"
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        return f"damaged: its manifest cannot be read ({error!r})"
+    return ""
+
+
 def metadata_file(path: Path) -> Path | None:
     """The file of a checkpoint that holds everything but weights and optimizer state, if it is there.
 
@@ -149,27 +166,6 @@ def saved_step(path: Path) -> int | None:
         return int(read_metadata(path)["global_step"])
     except (RuntimeError, OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, pickle.UnpicklingError):
         return None
-
-
-def _fault_of_folder(folder: Path) -> str:
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        metadata = metadata_file(folder)
-        if metadata is None:
-            return "a folder, but no checkpoint of FSDP, FSDP2 or DeepSpeed, or not a whole one"
-        wrong = _fault_of_file(metadata)
-        return f"{metadata.relative_to(folder).as_posix()} in it: {wrong}" if wrong else ""
-    try:
-        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-        for name, (size, digest) in files.items():
-            path = folder / name
-            if not path.is_file():
-                return f"damaged: {name} is missing"
-            if path.stat().st_size != size or _digest(path) != digest:
-                return f"damaged: {name} is not what was written"
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        return f"damaged: its manifest cannot be read ({error!r})"
-    return ""
 
 
 def check(path: Path, name: str = "") -> None:
@@ -206,11 +202,7 @@ def candidates(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The whole checkpoint that is furthest in training, and what is wrong with those that may be further.
-
-    Args:
-        folder: where the checkpoints lie.
-    """
+    """A folder's whole checkpoint that is furthest in training, and what is wrong with those that may be further."""
     broken: dict[Path, str] = {}
     steps = {path: saved_step(path) for path in candidates(folder)}
     for path in sorted(steps, key=lambda path: (steps[path] is None, steps[path] or 0, path.stat().st_mtime), reverse=True):

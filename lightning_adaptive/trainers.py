@@ -30,24 +30,25 @@ def clock(trainer: Trainer, first_step: int = 0) -> Clock:
     Raises:
         ConfigError: when accumulation changes between epochs, so that steps cannot be counted.
     """
-    if trainer.accumulate_grad_batches < 1:
-        raise ConfigError(f"{trainer.accumulate_grad_batches} batches make no step. Write at least 1.", _ACCUMULATE)
+    accumulated = trainer.accumulate_grad_batches
+    if accumulated < 1:
+        raise ConfigError(f"{accumulated} batches make no step. Write at least 1.", _ACCUMULATE)
     trainer.fit_loop.setup_data()
     batches = trainer.num_training_batches
-    if trainer.accumulate_grad_batches > batches > 0:
+    if accumulated > batches > 0:
         rank_zero_warn(
-            f"{_ACCUMULATE}={trainer.accumulate_grad_batches} is more than the {batches} batches of an epoch, at whose end what is "
-            "left makes a step: an epoch is one step."
+            f"{_ACCUMULATE}={accumulated} is more than the {batches} batches of an epoch, at whose end what is left makes a step: "
+            "an epoch is one step."
         )
-    rest = int(batches % trainer.accumulate_grad_batches) if math.isfinite(batches) else 0
+    rest = int(batches % accumulated) if math.isfinite(batches) else 0
     if rest and trainer.strategy.handles_gradient_accumulation:
         raise ConfigError(
-            f"under DeepSpeed {trainer.accumulate_grad_batches} does not go with {batches} batches an epoch: it accumulates over "
-            "the epoch's end, and Lightning counts other steps than are made. Write a divisor, or cut the rest off with "
+            f"under DeepSpeed {accumulated} does not go with {batches} batches an epoch: it accumulates over the epoch's end, and "
+            "Lightning counts other steps than are made. Write a divisor, or cut the rest off with "
             f"trainer.limit_train_batches={int(batches) - rest}.",
             _ACCUMULATE,
         )
-    steps_per_epoch = math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else None
+    steps_per_epoch = math.ceil(batches / accumulated) if math.isfinite(batches) else None
     try:
         total = trainer.estimated_stepping_batches
     except MisconfigurationException as error:
@@ -61,12 +62,7 @@ def clock(trainer: Trainer, first_step: int = 0) -> Clock:
 
 
 def agreed_metrics(trainer: Trainer, names: Sequence[str]) -> dict[str, float]:
-    """What the module has logged; those of these names in the mean over all ranks, so that every rank sees the same.
-
-    Args:
-        trainer: the trainer.
-        names: names of metrics.
-    """
+    """What the module has logged; those of these names in the mean over all ranks, so that every rank sees the same."""
     logged = trainer.callback_metrics
     device = trainer.strategy.root_device
     own = {name: logged[name].detach().float().to(device) for name in names if name in logged}
