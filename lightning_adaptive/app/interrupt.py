@@ -94,19 +94,17 @@ class Signals:
         codes = [process.poll() for process in self._all_processes()]
         return self.received or next((signum for signum in _SIGNALS if 128 + signum in codes), 0)
 
-    @property
-    def has_processes(self) -> bool:
-        """Whether this process started others."""
-        return bool(self._all_processes())
-
-    def lost(self) -> str:
-        """Which of the processes that this one started has ended badly, and how; empty if none has."""
-        for rank, process in enumerate(self._all_processes(), start=1):
-            code = process.poll()
-            if code:
-                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-                return f"rank {rank} (process {process.pid}) {how}"
-        return ""
+    def lost(self, within: float = 0.0) -> str:
+        """Which of the processes that this one started has ended badly, and how; empty if none has within so many seconds."""
+        deadline = time.monotonic() + within
+        while True:
+            for rank, process in enumerate(self._all_processes(), start=1):
+                if code := process.poll():
+                    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+                    return f"rank {rank} (process {process.pid}) {how}"
+            if not self._processes or time.monotonic() >= deadline:
+                return ""
+            time.sleep(0.05)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.received:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -72,7 +71,7 @@ def run(command: str, task: Callable[[DictConfig, Signals], float | None], confi
                 # What followed from a signal that this process, or one that it started, could not save for.
                 _say(f"{Interrupted(signum)} ({one_line(error)})")
                 _exit(128 + signum)
-            lost = _lost(signals)
+            lost = signals.lost(within=1.0)  # what this process saw of it is a broken connection, which comes first
             if sweep is None:
                 if lost:
                     _say(f"lightning-adaptive: {lost}, so the others ended too. The run goes on with resume=last.")
@@ -80,14 +79,6 @@ def run(command: str, task: Callable[[DictConfig, Signals], float | None], confi
             traceback.print_exc()
             sweep.failed(lost or one_line(error))
     return None
-
-
-def _lost(signals: Signals) -> str:
-    """The process that failed, if one did; what this one saw of it is a broken connection."""
-    deadline = time.monotonic() + 1
-    while not (lost := signals.lost()) and signals.has_processes and time.monotonic() < deadline:
-        time.sleep(0.05)  # its end is seen over the connection first
-    return lost
 
 
 def _is_first() -> bool:
@@ -117,7 +108,7 @@ def _as_lightning_expects(command: str) -> Iterator[None]:
     import __main__
 
     hydra: Any = HydraConfig.get()
-    kept = {"argv": sys.argv, "spec": __main__.__spec__, "run_dir": hydra.run.dir}
+    argv, spec, run_dir = sys.argv, __main__.__spec__, hydra.run.dir
     environment = {name: os.environ.get(name) for name in _OF_ONE_JOB}
     search_path = [override for override in hydra.overrides.hydra if override.startswith("hydra.searchpath=")]
     sys.argv = [sys.argv[0], command, *_flags(hydra), *search_path, *overrides()]
@@ -127,9 +118,9 @@ def _as_lightning_expects(command: str) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.argv, __main__.__spec__ = kept["argv"], kept["spec"]
+        sys.argv, __main__.__spec__ = argv, spec
         with read_write(hydra):
-            hydra.run.dir = kept["run_dir"]
+            hydra.run.dir = run_dir
         if environment["LOCAL_RANK"] is None:  # else Lightning or torchrun started this process, for one job
             _forget_processes(environment)
 

@@ -58,15 +58,16 @@ def _key(override: str) -> str:
 
 def _folder(value: str) -> Path:
     value = value.strip("'\"")
-    runs = sorted(Path(RUNS).glob(f"*/{_OVERRIDES}"), key=lambda path: path.stat().st_mtime)
-    newest = f" The newest run: resume={runs[-1].parent.parent}" if runs else ""
+    overrides = max(Path(RUNS).glob(f"*/{_OVERRIDES}"), key=lambda path: path.stat().st_mtime, default=None)
+    last = overrides and overrides.parent.parent
     if value == "last":
-        if not runs:
+        if last is None:
             raise CheckpointError(f"resume=last: there is no run in {Path(RUNS).resolve()}.")
-        return runs[-1].parent.parent.resolve()
+        return last.resolve()
     folder = Path(value)
     if not (folder / _OVERRIDES).is_file():
         fault = "it has no .hydra/overrides.yaml" if folder.is_dir() else "there is no such folder"
+        newest = f" The newest run: resume={last}" if last else ""
         raise CheckpointError(f"resume={value}: {fault}, so no run goes on there.{newest}")
     return folder.resolve()
 
