@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import (
     BatchSampler,
@@ -29,6 +30,7 @@ from torch.utils.data import (
 
 from lightning_adaptive import ExactResume
 from lightning_adaptive.data_order import OrderedLoader, can_be_ordered, doubt
+from tests.exactness import SaveAtEachMoment
 from tests.support import Net, digest, trainer
 
 
@@ -206,36 +208,23 @@ def test_a_loader_that_is_shorter_than_the_epoch_begins_again_in_another_order()
 # What is the user's stays the user's
 
 
-def test_the_users_loader_is_as_before_after_release() -> None:
-    generator, inner = torch.Generator().manual_seed(5), torch.Generator().manual_seed(6)
-    loader = DataLoader(Numbers(30), batch_size=4, sampler=RandomSampler(range(30), generator=inner), generator=generator)
-    before, states = dict(vars(loader)), (generator.get_state(), inner.get_state())
-    sampler = loader.sampler
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_users_loader_and_its_samplers_are_as_before_after_release(name: str) -> None:
+    loader = DataLoader(Numbers(30), **SAMPLERS[name]())
+    objects = [loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)]
+    owned = [vars(one) for one in objects if one is not None]
+    before = [dict(each) for each in owned]
+    generators = [value for each in before for value in each.values() if isinstance(value, torch.Generator)]
+    states = [generator.get_state() for generator in generators]
     made = ordered(loader)
     list(made)
-    assert loader.sampler is sampler
+    assert vars(loader) == before[0]
+    assert owned != before  # the samplers draw from other generators
     made.release()
-    assert vars(loader).keys() == before.keys()
-    assert all(vars(loader)[name] is value for name, value in before.items())
-    assert loader.sampler.generator is inner
-    assert all(torch.equal(one, other) for one, other in zip(states, (generator.get_state(), inner.get_state()), strict=True))
-
-
-def test_a_sampler_without_a_generator_has_none_again() -> None:
-    loader = DataLoader(Numbers(30), batch_size=4, shuffle=True)
-    made = ordered(loader)
-    list(made)
-    assert loader.sampler.generator is not None
-    made.release()
-    assert loader.sampler.generator is None
-
-
-def test_a_distributed_sampler_is_as_before_after_release() -> None:
-    sampler = DistributedSampler(Numbers(30), num_replicas=2, rank=0, seed=11)
-    made = ordered(DataLoader(Numbers(30), batch_size=4, sampler=sampler))
-    list(made)
-    made.release()
-    assert sampler.seed == 11
+    for now, then in zip(owned, before, strict=True):
+        assert now.keys() == then.keys()
+        assert all(now[attribute] is value for attribute, value in then.items() if attribute != "epoch")
+    assert all(torch.equal(generator.get_state(), state) for generator, state in zip(generators, states, strict=True))
 
 
 def test_attributes_are_the_users_own() -> None:
@@ -439,11 +428,7 @@ class Several(Net):
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.seen.append({name: item[1].tolist() for name, item in batch.items() if item is not None})
-        return sum(nn_loss(self, item[0]) for item in batch.values() if item is not None)
-
-
-def nn_loss(net: Net, inputs: torch.Tensor) -> torch.Tensor:
-    return net.net(inputs).square().mean()
+        return sum(self.net(item[0]).square().mean() for item in batch.values() if item is not None)
 
 
 def numbered(size: int) -> TensorDataset:
@@ -451,18 +436,11 @@ def numbered(size: int) -> TensorDataset:
     return TensorDataset(torch.randn(size, 16, generator=generator), torch.arange(size))
 
 
-class Save(Callback):
-    def __init__(self, folder: Any) -> None:
-        self.folder = folder
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
-
-
-def fit(loaders: Callable[[], Any], path: Any = None, seed: int = 1, extra: tuple[Callback, ...] = ()) -> Several:
+def fit(loaders: Callable[[], Any], path: Path | None = None, seed: int = 1, *callbacks: Callback) -> Several:
     seed_everything(seed, verbose=False)
     model = Several()
-    trainer(max_epochs=2, callbacks=[ExactResume(strict=True), *extra]).fit(model, loaders(), ckpt_path=path, weights_only=True)
+    runner = trainer(max_epochs=2, callbacks=[ExactResume(strict=True), *callbacks])
+    runner.fit(model, loaders(), ckpt_path=path, weights_only=True)
     return model
 
 
@@ -497,11 +475,11 @@ COMBINED: dict[str, tuple[Callable[[], Any], int]] = {
 
 
 @pytest.mark.parametrize("name", COMBINED)
-def test_several_loaders_resume_exactly(name: str, tmp_path: Any) -> None:
+def test_several_loaders_resume_exactly(name: str, tmp_path: Path) -> None:
     loaders, steps = COMBINED[name]
-    whole = fit(loaders, extra=(Save(tmp_path),))
+    whole = fit(loaders, None, 1, SaveAtEachMoment(tmp_path))
     assert len(whole.seen) == steps
     for step in range(1, steps):
-        resumed = fit(loaders, tmp_path / f"{step}.ckpt", seed=2)
+        resumed = fit(loaders, tmp_path / f"{step:03d}-batch.ckpt", seed=2)
         assert resumed.seen == whole.seen[step:], f"from step {step}"
         assert digest(resumed) == digest(whole), f"from step {step}"

@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_adaptive import CheckpointError, ConfigError, Cosine, ExactResume, OptimizerSwitchCallback, checkpoints
 from lightning_adaptive.exact_resume import SavedState
+from tests.cpu_strategies import STRATEGIES
 from tests.exactness import Augmented, RandomNet, RandomValidatedNet, SaveAtEachMoment
 from tests.faults import FORKS
 from tests.pair import Pair
@@ -44,6 +45,8 @@ pytestmark = [
 ]
 
 STATE = "ExactResume"
+DOUBT = "This run cannot be resumed exactly: "
+STRICT = "this run cannot be resumed exactly, and ExactResume is strict: "
 
 
 class Fault(Exception):
@@ -121,6 +124,13 @@ class Steps(Callback):
         self.count += 1
 
 
+def stop(path: Path, hook: str, batch: int, resumed: Path | None = None, **options: Any) -> Path:
+    """Ends a run of `fit` in a hook at a batch, with a checkpoint."""
+    with pytest.raises(Fault):
+        fit(resumed, callbacks=[RaiseIn(hook, batch), SaveOnException(path)], **options)
+    return path
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the checkpoint of each step, validation and epoch of the run that `fit` makes."""
@@ -147,12 +157,22 @@ def edited(path: Path, edit: Callable[[dict[str, Any]], Any], folder: Path) -> P
     return folder / "edited.ckpt"
 
 
-def said(run: Callable[[], Any]) -> list[str]:
-    """The lines of ours that a run says."""
+def doubts(*arguments: Any, **options: Any) -> list[str]:
+    """What a run of `fit` says that cannot come back exactly."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run()
-    return [str(warning.message) for warning in caught if "cannot be resumed exactly" in str(warning.message)]
+        fit(*arguments, **options)
+    lines = [str(warning.message) for warning in caught]
+    return [line.removeprefix(DOUBT) for line in lines if line.startswith(DOUBT)]
+
+
+def refused(error: type[Exception], path: Path | None = None, callbacks: Sequence[Callback] = (), **options: Any) -> str:
+    """What a run of `fit` says that ends before its first step."""
+    steps = Steps()
+    with pytest.raises(error) as caught:
+        fit(path, callbacks=[*callbacks, steps], **options)
+    assert steps.count == 0
+    return str(caught.value)
 
 
 def test_a_run_that_goes_on_ends_the_same(saved: Path, ended: str) -> None:
@@ -166,10 +186,8 @@ def test_a_run_that_goes_on_ends_the_same(saved: Path, ended: str) -> None:
 @pytest.mark.parametrize("hook", ["on_before_backward", "on_train_batch_end"])
 @pytest.mark.parametrize("batch", [4, 5, 6, 7, 9, 14])
 def test_a_run_that_stopped_within_a_window_ends_the_same(hook: str, batch: int, tmp_path: Path) -> None:
-    callbacks = [RaiseIn(hook, batch), SaveOnException(tmp_path / "stopped.ckpt")]
-    with pytest.raises(Fault):
-        fit(callbacks=callbacks, accumulate_grad_batches=4)
-    assert fit(tmp_path / "stopped.ckpt", seed=2, accumulate_grad_batches=4) == whole("accumulated")
+    stopped = stop(tmp_path / "stopped.ckpt", hook, batch, accumulate_grad_batches=4)
+    assert fit(stopped, seed=2, accumulate_grad_batches=4) == whole("accumulated")
 
 
 class NormedNet(RandomNet):
@@ -179,13 +197,10 @@ class NormedNet(RandomNet):
 
 
 def test_batch_norm_within_a_window_is_said(tmp_path: Path) -> None:
-    callbacks = [RaiseIn("on_train_batch_end", 5), SaveOnException(tmp_path / "stopped.ckpt")]
-    with pytest.raises(Fault):
-        fit(callbacks=callbacks, module=NormedNet(), accumulate_grad_batches=4)
-    lines = said(lambda: fit(tmp_path / "stopped.ckpt", module=NormedNet(), accumulate_grad_batches=4))
-    assert lines == [
-        "This run cannot be resumed exactly: the checkpoint lies within an accumulation window, and batch norm sees its 2 batches "
-        "a second time. Resume from one that lies at a step."
+    stopped = stop(tmp_path / "stopped.ckpt", "on_train_batch_end", 5, module=NormedNet(), accumulate_grad_batches=4)
+    assert doubts(stopped, module=NormedNet(), accumulate_grad_batches=4) == [
+        "the checkpoint lies within an accumulation window, and batch norm sees its 2 batches a second time. Resume from one that "
+        "lies at a step."
     ]
 
 
@@ -265,9 +280,20 @@ def test_a_checkpoint_that_is_saved_on_an_exception_is_written_whole(tmp_path: P
     published = []
     real = checkpoints.publish
     monkeypatch.setattr(checkpoints, "publish", lambda *paths: (published.append(paths[1].name), real(*paths)))
-    with pytest.raises(Fault):
-        fit(callbacks=[RaiseIn("on_train_batch_end", 3), SaveOnException(tmp_path / "stopped.ckpt")])
+    stop(tmp_path / "stopped.ckpt", "on_train_batch_end", 3)
     assert published == ["stopped.ckpt"]
+
+
+def sealed(folder: Path) -> list[bool]:
+    """On two processes under DeepSpeed: whether the checkpoints before and after a switch were written whole."""
+    warnings.simplefilter("ignore")
+    saver = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    fit(callbacks=[switch(at="1ep"), saver], strategy=STRATEGIES["deepspeed 2"](), devices=2)
+    return [(folder / f"epoch={epoch}.ckpt" / checkpoints.MANIFEST).is_file() for epoch in (0, 1)]
+
+
+def test_checkpoints_are_written_whole_after_a_switch_under_deepspeed(pair: Pair, tmp_path: Path) -> None:
+    assert pair.run(sealed, tmp_path) == [[True, True]] * 2
 
 
 # What is no whole checkpoint of such a run (F12, F13, F26, F46)
@@ -275,14 +301,6 @@ def test_a_checkpoint_that_is_saved_on_an_exception_is_written_whole(tmp_path: P
 
 def truncated(path: Path) -> None:
     os.truncate(path, 3000)
-
-
-def emptied(path: Path) -> None:
-    os.truncate(path, 0)
-
-
-def texted(path: Path) -> None:
-    path.write_text("weights\n")
 
 
 def one_bit(path: Path) -> None:
@@ -299,23 +317,12 @@ def no_dict(path: Path) -> None:
     torch.save([1, 2], path)
 
 
-def weights_only(path: Path) -> None:
-    checkpoint = torch.load(path, weights_only=True)
-    torch.save({key: checkpoint[key] for key in ("epoch", "global_step", "pytorch-lightning_version", "state_dict", "loops")}, path)
-
-
 NEIGHBOUR = " It was left as it is. Newest whole one there: {neighbour}."
 MUTATIONS: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (truncated, "{path}: no checkpoint, or not a whole one (3,000 bytes)." + NEIGHBOUR),
-    "empty": (emptied, "{path}: the file is empty." + NEIGHBOUR),
-    "text": (texted, "{path}: no checkpoint, or not a whole one (8 bytes)." + NEIGHBOUR),
     "one bit": (one_bit, "{path}: damaged: the checksum of its entry {entry} does not fit ({size:,} bytes)." + NEIGHBOUR),
     "bare state dict": (bare, "{path} is no checkpoint of a Lightning run. Use it as initial weights, without ckpt_path."),
     "no dict": (no_dict, "{path} is no checkpoint of a Lightning run. Use it as initial weights, without ckpt_path."),
-    "weights only": (
-        weights_only,
-        "{path} holds no optimizer, since it was saved with save_weights_only. Use it as initial weights, without ckpt_path.",
-    ),
 }
 
 
@@ -327,53 +334,38 @@ def test_what_is_no_whole_checkpoint_is_refused_before_a_step(name: str, saved: 
     path.write_bytes((saved / "005-batch.ckpt").read_bytes())
     mutate(path)
     before = path.read_bytes()
-    model, steps = RandomNet(), Steps()
+    model = RandomNet()
     first = digest(model)
-    with pytest.raises(CheckpointError) as error:
-        fit(path, module=model, callbacks=[steps])
-    entry = str(error.value).partition("entry ")[2].partition(" does")[0]
-    assert str(error.value) == expected.format(path=path, neighbour=neighbour, entry=entry, size=len(before))
-    assert steps.count == 0
+    told = refused(CheckpointError, path, module=model)
+    entry = told.partition("entry ")[2].partition(" does")[0]
+    assert told == expected.format(path=path, neighbour=neighbour, entry=entry, size=len(before))
     assert digest(model) == first
     assert path.read_bytes() == before
 
 
 def test_a_checkpoint_that_lightning_saved_without_an_optimizer_is_refused(tmp_path: Path) -> None:
-    saver = ModelCheckpoint(tmp_path, filename="saved", save_weights_only=True)
-    fit(callbacks=[saver], max_epochs=1)
-    with pytest.raises(CheckpointError, match=r"saved\.ckpt holds no optimizer, since it was saved with save_weights_only\."):
-        fit(tmp_path / "saved.ckpt")
+    fit(callbacks=[ModelCheckpoint(tmp_path, filename="saved", save_weights_only=True)], max_epochs=1)
+    path = tmp_path / "saved.ckpt"
+    assert refused(CheckpointError, path) == (
+        f"{path} holds no optimizer, since it was saved with save_weights_only. Use it as initial weights, without ckpt_path."
+    )
 
 
 def test_a_checkpoint_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"^\S+/none\.ckpt: there is no such file\."):
-        fit(tmp_path / "none.ckpt")
+    assert refused(CheckpointError, tmp_path / "none.ckpt") == f"{tmp_path / 'none.ckpt'}: there is no such file."
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused_before_a_step(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("mine")
     for folder in (tmp_path / "checkpoints", tmp_path / "checkpoints" / "inner"):
-        steps = Steps()
-        with pytest.raises(CheckpointError) as error:
-            fit(callbacks=[ModelCheckpoint(folder), steps])
-        assert str(error.value).startswith(f"no checkpoint can be written in {folder}: ")
-        assert steps.count == 0
+        told = refused(CheckpointError, callbacks=[ModelCheckpoint(folder)])
+        assert told.startswith(f"no checkpoint can be written in {folder}: ")
     assert (tmp_path / "checkpoints").read_text() == "mine"
 
 
 def test_a_folder_that_is_not_there_yet_is_made(tmp_path: Path) -> None:
     fit(callbacks=[ModelCheckpoint(tmp_path / "a" / "b", every_n_epochs=5)])
     assert list((tmp_path / "a" / "b").iterdir()) == []
-
-
-@pytest.mark.parametrize("version", [0, 2, "1", None])
-def test_the_state_of_another_version_is_refused(version: Any, saved: Path, tmp_path: Path) -> None:
-    path = edited(saved / "005-batch.ckpt", lambda checkpoint: checkpoint["callbacks"][STATE].update(version=version), tmp_path)
-    steps = Steps()
-    with pytest.raises(CheckpointError) as error:
-        fit(path, callbacks=[steps])
-    assert str(error.value) == f"the checkpoint holds ExactResume's state in version {version!r}, not 1."
-    assert steps.count == 0
 
 
 DAMAGES = {
@@ -383,38 +375,40 @@ DAMAGES = {
     "pending": (None, "text", {}, -1, [3]),
     "metrics": (None, "text", -1, [3], {"loss": "low"}),
 }
+FIELDS = ("random", "seeds", "batch_sizes", "pending", "validates", "has_batch_norm", "metrics")
 
 
-@pytest.mark.parametrize(("field", "value"), [(field, value) for field in DAMAGES for value in DAMAGES[field]], ids=str)
-def test_a_damaged_state_is_refused(field: str, value: Any, saved: Path, tmp_path: Path) -> None:
-    path, steps = (
-        edited(saved / "005-batch.ckpt", lambda checkpoint: checkpoint["callbacks"][STATE].update({field: value}), tmp_path),
-        Steps(),
-    )
-    with pytest.raises(CheckpointError, match=r"^ExactResume's state in the checkpoint is damaged: "):
-        fit(path, callbacks=[steps])
-    assert steps.count == 0
+def fewer_bytes(state: dict[str, Any]) -> None:
+    state["random"] = state["random"][:, :-1].clone()
 
 
-@pytest.mark.parametrize("field", ["random", "seeds", "batch_sizes", "pending", "validates", "has_batch_norm", "metrics"])
-def test_a_state_without_a_field_is_refused(field: str, saved: Path, tmp_path: Path) -> None:
-    path = edited(saved / "005-batch.ckpt", lambda checkpoint: checkpoint["callbacks"][STATE].pop(field), tmp_path)
-    with pytest.raises(CheckpointError) as error:
-        fit(path)
-    assert str(error.value) == f"ExactResume's state in the checkpoint is damaged: KeyError({field!r})."
+DAMAGED = "ExactResume's state in the checkpoint is damaged: "
+OTHER_STATES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    **{
+        f"version {version!r}": (
+            partial(dict.update, version=version),
+            rf"the checkpoint holds ExactResume's state in version {version!r}, not 1\.$",
+        )
+        for version in (0, 2, "1", None)
+    },
+    **{
+        f"{field} {value}": (partial(dict.update, **{field: value}), DAMAGED)
+        for field, values in DAMAGES.items()
+        for value in values
+    },
+    **{f"no {field}": (lambda state, field=field: state.pop(field), rf"{DAMAGED}KeyError\('{field}'\)\.$") for field in FIELDS},
+    "fewer bytes": (
+        fewer_bytes,
+        r"the checkpoint's random states are not those of a cpu: \d+ bytes of random states, where this process has \d+\.$",
+    ),
+}
 
 
-def test_random_states_of_another_size_are_refused(saved: Path, tmp_path: Path) -> None:
-    def damage(checkpoint: dict[str, Any]) -> None:
-        state = checkpoint["callbacks"][STATE]
-        state["random"] = state["random"][:, :-1].clone()
-
-    steps = Steps()
-    with pytest.raises(
-        CheckpointError, match=r"^the checkpoint's random states are not those of a cpu: \d+ bytes of random states, "
-    ):
-        fit(edited(saved / "005-batch.ckpt", damage, tmp_path), callbacks=[steps])
-    assert steps.count == 0
+@pytest.mark.parametrize("name", OTHER_STATES)
+def test_another_state_is_refused(name: str, saved: Path, tmp_path: Path) -> None:
+    edit, message = OTHER_STATES[name]
+    path = edited(saved / "005-batch.ckpt", lambda checkpoint: edit(checkpoint["callbacks"][STATE]), tmp_path)
+    assert re.match(message, refused(CheckpointError, path))
 
 
 def test_every_field_survives_a_checkpoint(saved: Path) -> None:
@@ -429,29 +423,22 @@ def test_every_field_survives_a_checkpoint(saved: Path) -> None:
 
 def test_another_batch_size_is_said(saved: Path) -> None:
     line = "batches had 8 samples in the checkpoint and have 16 now."
-    again = partial(fit, saved / "005-batch.ckpt", data=shuffled(batch_size=16))
-    assert said(again) == [f"This run cannot be resumed exactly: {line}"]
-    steps = Steps()
-    with pytest.raises(CheckpointError) as error:
-        again(exact=ExactResume(strict=True), callbacks=[steps])
-    assert str(error.value) == f"this run cannot be resumed exactly, and ExactResume is strict: {line}"
-    assert steps.count == 0
+    path, data = saved / "005-batch.ckpt", shuffled(batch_size=16)
+    assert doubts(path, data=data) == [line]
+    assert refused(CheckpointError, path, data=data, exact=ExactResume(strict=True)) == STRICT + line
 
 
 def test_a_checkpoint_that_was_written_without_it_is_said(tmp_path: Path) -> None:
     fit(exact=Callback(), callbacks=[SaveAtEachMoment(tmp_path)])
     line = "the checkpoint was written without ExactResume, so it holds neither random states nor the order of the data."
-    assert said(lambda: fit(tmp_path / "005-batch.ckpt")) == [f"This run cannot be resumed exactly: {line}"]
-    steps = Steps()
-    with pytest.raises(CheckpointError, match="ExactResume is strict"):
-        fit(tmp_path / "005-batch.ckpt", exact=ExactResume(strict=True), callbacks=[steps])
-    assert steps.count == 0
+    assert doubts(tmp_path / "005-batch.ckpt") == [line]
+    assert refused(CheckpointError, tmp_path / "005-batch.ckpt", exact=ExactResume(strict=True)) == STRICT + line
 
 
 @pytest.mark.parametrize("name", ["005-batch", "008-epoch", "008-batch"])
 def test_a_checkpoint_that_was_written_with_it_resumes_without_it(name: str, saved: Path) -> None:
     steps = Steps()
-    assert said(lambda: fit(saved / f"{name}.ckpt", exact=Callback(), callbacks=[steps])) == []
+    assert doubts(saved / f"{name}.ckpt", exact=Callback(), callbacks=[steps]) == []
     assert steps.count == 16 - int(name[:3])
 
 
@@ -463,26 +450,21 @@ class Lines(IterableDataset):
 def test_a_loader_that_cannot_be_ordered_is_said_once(tmp_path: Path) -> None:
     line = "Lines is an IterableDataset, so a resumed epoch begins at its start. Give a dataset with __getitem__ and __len__."
     data = DataLoader(Lines(), batch_size=8)
-    assert said(lambda: fit(data=data, callbacks=[SaveAtEachMoment(tmp_path)])) == [f"This run cannot be resumed exactly: {line}"]
-    assert said(lambda: fit(tmp_path / "006-batch.ckpt", data=data)) == [f"This run cannot be resumed exactly: {line}"]
-    steps = Steps()
-    with pytest.raises(ConfigError) as error:
-        fit(data=data, exact=ExactResume(strict=True), callbacks=[steps])
-    assert str(error.value) == f"this run cannot be resumed exactly, and ExactResume is strict: {line}"
-    assert steps.count == 0
+    assert doubts(data=data, callbacks=[SaveAtEachMoment(tmp_path)]) == [line]
+    assert doubts(tmp_path / "006-batch.ckpt", data=data) == [line]
+    assert refused(ConfigError, data=data, exact=ExactResume(strict=True)) == STRICT + line
 
 
-def test_a_writer_that_writes_when_it_likes_to_is_said(tmp_path: Path) -> None:
+def test_a_writer_that_writes_when_it_likes_to_is_said() -> None:
     line = "AsyncCheckpointIO writes when it likes to, so a crash may leave half a checkpoint. Write at once."
-    assert said(lambda: fit(max_epochs=1, plugins=[AsyncCheckpointIO()])) == [f"This run cannot be resumed exactly: {line}"]
-    with pytest.raises(ConfigError, match="AsyncCheckpointIO"):
-        fit(exact=ExactResume(strict=True), plugins=[AsyncCheckpointIO()])
+    assert doubts(max_epochs=1, plugins=[AsyncCheckpointIO()]) == [line]
+    assert refused(ConfigError, exact=ExactResume(strict=True), plugins=[AsyncCheckpointIO()]) == STRICT + line
 
 
-def test_what_is_exact_is_not_doubted(saved: Path, ended: str) -> None:
+def test_what_is_exact_is_not_doubted(saved: Path) -> None:
     strict = ExactResume(strict=True)
-    assert said(lambda: fit(exact=strict)) == []
-    assert said(lambda: fit(saved / "005-batch.ckpt", seed=2, exact=strict)) == []
+    assert doubts(exact=strict) == []
+    assert doubts(saved / "005-batch.ckpt", seed=2, exact=strict) == []
 
 
 class Seen(Callback):
@@ -513,22 +495,19 @@ def paired(path: Path | None, folder: Path, strict: bool) -> Any:
     """On two processes of a group."""
     saver = SaveAtEachMoment(folder)
     try:
-        return said(partial(fit, path, exact=ExactResume(strict), callbacks=[saver], strategy="ddp", devices=2, max_epochs=1))
+        return doubts(path, exact=ExactResume(strict), callbacks=[saver], strategy="ddp", devices=2, max_epochs=1)
     except CheckpointError as error:
         return str(error)
 
 
 def test_another_number_of_processes_is_said(saved: Path, tmp_path: Path, pair: Pair) -> None:
     line = "1 processes wrote the checkpoint, and 2 go on."
-    of_ranks = pair.run(paired, saved / "002-batch.ckpt", tmp_path, False)
-    assert of_ranks == [[f"This run cannot be resumed exactly: {line}"], []]
-    of_ranks = pair.run(paired, saved / "002-batch.ckpt", tmp_path, True)
-    assert of_ranks == [f"this run cannot be resumed exactly, and ExactResume is strict: {line}"] * 2
+    assert pair.run(paired, saved / "002-batch.ckpt", tmp_path, False) == [[line], []]
+    assert pair.run(paired, saved / "002-batch.ckpt", tmp_path, True) == [STRICT + line] * 2
     pair.run(paired, None, tmp_path / "two", False)
     line = "2 processes wrote the checkpoint, and 1 go on."
-    assert said(lambda: fit(tmp_path / "two" / "002-batch.ckpt")) == [f"This run cannot be resumed exactly: {line}"]
-    with pytest.raises(CheckpointError, match=r"ExactResume is strict: 2 processes wrote"):
-        fit(tmp_path / "two" / "002-batch.ckpt", exact=ExactResume(strict=True))
+    assert doubts(tmp_path / "two" / "002-batch.ckpt") == [line]
+    assert refused(CheckpointError, tmp_path / "two" / "002-batch.ckpt", exact=ExactResume(strict=True)) == STRICT + line
 
 
 # The time of day (F25)
@@ -594,10 +573,10 @@ class Positioned(DataLoader):
 
 def test_after_the_last_batch_of_an_epoch_a_loader_with_its_own_position_gives_a_whole_epoch(tmp_path: Path) -> None:
     def run(path: Path | None, *callbacks: Callback) -> list[str]:
-        return said(lambda: fit(path, data=Positioned(dataset(), batch_size=8), callbacks=callbacks))
+        return doubts(path, data=Positioned(dataset(), batch_size=8), callbacks=callbacks)
 
     line = "Positioned keeps its own position, which Lightning loses at the end of an epoch. Give a DataLoader."
-    assert run(None, SaveAtEachMoment(tmp_path)) == [f"This run cannot be resumed exactly: {line}"]
+    assert run(None, SaveAtEachMoment(tmp_path)) == [line]
     for name in ("008-batch", "008-epoch"):
         steps = Steps()
         run(tmp_path / f"{name}.ckpt", steps)
@@ -626,10 +605,7 @@ def test_a_checkpoint_that_a_users_hook_saves_in_the_step_of_the_switch(hook: st
 def test_a_run_that_is_resumed_thrice_ends_the_same(tmp_path: Path, ended: str) -> None:
     path: Path | None = None
     for number, batch in enumerate((3, 4, 11)):
-        callbacks = [RaiseIn("on_train_batch_end", batch), SaveOnException(tmp_path / f"{number}.ckpt")]
-        with pytest.raises(Fault):
-            fit(path, seed=number + 1, callbacks=callbacks)
-        path = tmp_path / f"{number}.ckpt"
+        path = stop(tmp_path / f"{number}.ckpt", "on_train_batch_end", batch, path, seed=number + 1)
     assert fit(path, seed=9) == ended
 
 
@@ -831,11 +807,8 @@ class AveragingNet(ValidatedNet):
 
 
 def test_an_optimizer_that_rounds_with_each_validation_is_said() -> None:
-    message = (
-        "This run cannot be resumed exactly: Averaging changes the weights for a validation and back, which rounds by about 3e-8. "
-        "Validate as often on resume."
-    )
-    with pytest.warns(UserWarning, match=re.escape(message)):
-        trainer(max_epochs=1, callbacks=[ExactResume()]).fit(AveragingNet(), loader(), loader())
-    # Without validation nothing is said.
-    trainer(max_epochs=1, limit_val_batches=0, callbacks=[ExactResume()]).fit(AveragingNet(), loader(), loader())
+    validated = {"module": AveragingNet(), "validation": loader(), "max_epochs": 1}
+    assert doubts(**validated) == [
+        "Averaging changes the weights for a validation and back, which rounds by about 3e-8. Validate as often on resume."
+    ]
+    assert doubts(**validated, limit_val_batches=0) == []

@@ -514,6 +514,7 @@ WRAPPERS = [
     ("deepspeed 2 scaled", "16-mixed"),
     slow("deepspeed 3 scaled", "16-mixed"),
     slow("deepspeed 2 scaled", "16-true"),
+    *((f"deepspeed {stage}", "bf16-mixed") for stage in (1, 2, 3)),
     slow("deepspeed 1 fp32 gradients", "bf16-mixed"),
     ("deepspeed 0", "16-mixed"),
     slow("deepspeed 0", "bf16-mixed"),
