@@ -6,6 +6,7 @@ manifest of digests, which is written last.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -73,6 +74,47 @@ def remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
+
+
+def save_whole(strategy: Any, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+    """What a strategy's ``save_checkpoint`` does, beside the place; then it is renamed. Called on every process.
+
+    Args:
+        strategy: Lightning's.
+        checkpoint: the dictionary.
+        filepath: where to; what is no path of a file system is left to the strategy.
+        storage_options: the strategy's.
+    """
+    save = functools.partial(type(strategy).save_checkpoint, strategy)
+    target = str(strategy.broadcast(filepath))
+    if "://" in target:
+        save(checkpoint, target, storage_options=storage_options)
+        return
+    path = Path(target).absolute()
+    written = partial(path)
+    if strategy.is_global_zero:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(written)
+    strategy.barrier("ExactResume: before writing")
+    save(checkpoint, written, storage_options=storage_options)
+    strategy.barrier("ExactResume: written")
+    if written.is_dir():
+        _seal_together(strategy, written)
+    if strategy.is_global_zero:
+        publish(written, path)
+    strategy.barrier("ExactResume: named")
+
+
+def _seal_together(strategy: Any, folder: Path) -> None:
+    """Writes a folder's manifest; each process digests its share of the files."""
+    import torch
+
+    shares: list[Any] = [digests(folder, strategy.global_rank, strategy.world_size)]
+    if strategy.world_size > 1:
+        shares *= strategy.world_size
+        torch.distributed.all_gather_object(shares, shares[0])
+    if strategy.is_global_zero:
+        seal(folder, {name: value for share in shares for name, value in share.items()})
 
 
 def fault(path: Path) -> str:
@@ -185,6 +227,27 @@ def check(path: Path, name: str = "") -> None:
     beside = [found for place in (path, path.parent) for found in candidates(place) if found != path and not fault(found)]
     newest = f" Newest whole one there: {max(beside, key=lambda found: found.stat().st_mtime)}." if beside else ""
     raise CheckpointError(f"{name or path}: {wrong}.{left}{newest}")
+
+
+def check_resumable(path: Path) -> None:
+    """Refuses a checkpoint that is not whole, or from which no run can go on.
+
+    Raises:
+        CheckpointError: with what is wrong.
+    """
+    check(path)
+    try:
+        metadata = read_metadata(path)
+    except pickle.UnpicklingError:
+        return  # it holds more than plain types, which Lightning may be told to allow
+    except AttributeError:
+        metadata = {}  # no dictionary
+    if "pytorch-lightning_version" not in metadata:
+        raise CheckpointError(f"{path} is no checkpoint of a Lightning run. Use it as initial weights, without ckpt_path.")
+    if "lr_schedulers" not in metadata:
+        raise CheckpointError(
+            f"{path} holds no optimizer, since it was saved with save_weights_only. Use it as initial weights, without ckpt_path."
+        )
 
 
 def candidates(folder: Path) -> list[Path]:

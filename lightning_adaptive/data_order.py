@@ -54,7 +54,7 @@ class OrderedLoader:
             cycles=True,
         )
 
-    def begin(self) -> Iterator[Any]:
+    def _begin(self) -> Iterator[Any]:
         """An iterator over what is left of the epoch in which training stands."""
         epoch, done = self._place()
         # A loader that is shorter than the epoch, beside a longer one, begins again within it, or has ended by now.
@@ -79,7 +79,11 @@ class OrderedLoader:
             sampler.seed = seed
 
     def __iter__(self) -> Iterator[Any]:
-        return _Batches(self)
+        # Begins when its first batch is asked for: only then is it known for certain where training stands.
+        self._before_batch()
+        for batch in self._begin():
+            yield batch
+            self._before_batch()
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -99,23 +103,6 @@ class OrderedLoader:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Does nothing; see `state_dict`."""
-
-
-class _Batches:
-    """Begins when its first batch is asked for: only then is it known for certain where training stands."""
-
-    def __init__(self, loader: OrderedLoader) -> None:
-        self._loader = loader
-        self._iterator: Iterator[Any] | None = None
-
-    def __iter__(self) -> _Batches:
-        return self
-
-    def __next__(self) -> Any:
-        self._loader._before_batch()
-        if self._iterator is None:
-            self._iterator = self._loader.begin()
-        return next(self._iterator)
 
 
 class _Order:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import pickle
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -147,8 +146,8 @@ class ExactResume(Callback):
         if isinstance(strategy.checkpoint_io, AsyncCheckpointIO):
             self._doubts.append("AsyncCheckpointIO writes when it likes to, so a crash may leave half a checkpoint. Write at once.")
         else:
-            strategy.save_checkpoint = functools.partial(_save_whole, strategy)
-        check = functools.partial(_on_first_process, trainer, _check_checkpoint)
+            strategy.save_checkpoint = functools.partial(checkpoints.save_whole, strategy)
+        check = functools.partial(_on_first_process, trainer, checkpoints.check_resumable)
         self._stop_checking = strategies.before_restore(trainer, check, first=True)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -331,9 +330,9 @@ def repair_counts(loops: dict[str, Any], pending: int, validates: bool | None) -
             if batch["is_last_batch"]:
                 return "at its end"
     if pending or done["ready"] > done["processed"]:
-        taken = {name: count - (done["completed"] - pending) for name, count in done.items()}
-        for name, count in taken.items():
-            _add(batch, name, -count)
+        begun = done["completed"] - pending
+        for name, count in tuple(done.items()):
+            _add(batch, name, begun - count)
         return "within a step"
     return "at a step"
 
@@ -429,58 +428,6 @@ def _neutral(loader: Any) -> Any:
     copied = copy.copy(loader)
     copied.generator = torch.Generator().manual_seed(torch.initial_seed())
     return copied
-
-
-# Checkpoints, whole or not at all
-
-
-def _save_whole(strategy: Any, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-    """Stands in place of the strategy's ``save_checkpoint``: writes beside the place, then renames."""
-    save = functools.partial(type(strategy).save_checkpoint, strategy)
-    target = str(strategy.broadcast(filepath))
-    if "://" in target:
-        save(checkpoint, target, storage_options=storage_options)  # no folder of a file system
-        return
-    path = Path(target).absolute()
-    written = checkpoints.partial(path)
-    if strategy.is_global_zero:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoints.remove(written)
-    strategy.barrier("ExactResume: before writing")
-    save(checkpoint, written, storage_options=storage_options)
-    strategy.barrier("ExactResume: written")
-    if written.is_dir():
-        _seal(strategy, written)
-    if strategy.is_global_zero:
-        checkpoints.publish(written, path)
-    strategy.barrier("ExactResume: named")
-
-
-def _seal(strategy: Any, folder: Path) -> None:
-    """Writes a folder's manifest; each process digests its share of the files."""
-    shares: list[Any] = [checkpoints.digests(folder, strategy.global_rank, strategy.world_size)]
-    if strategy.world_size > 1:
-        shares *= strategy.world_size
-        torch.distributed.all_gather_object(shares, shares[0])
-    if strategy.is_global_zero:
-        checkpoints.seal(folder, {name: value for share in shares for name, value in share.items()})
-
-
-def _check_checkpoint(path: Path) -> None:
-    """Refuses a checkpoint that is damaged, or from which no run can go on."""
-    checkpoints.check(path)
-    try:
-        metadata = checkpoints.read_metadata(path)
-    except pickle.UnpicklingError:
-        return  # it holds more than plain types, which Lightning may be told to allow
-    except AttributeError:
-        metadata = {}  # no dictionary
-    if "pytorch-lightning_version" not in metadata:
-        raise CheckpointError(f"{path} is no checkpoint of a Lightning run. Use it as initial weights, without ckpt_path.")
-    if "lr_schedulers" not in metadata:
-        raise CheckpointError(
-            f"{path} holds no optimizer, since it was saved with save_weights_only. Use it as initial weights, without ckpt_path."
-        )
 
 
 def _check_folders(trainer: Trainer) -> None:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import csv
-import json
-import os
 import re
 import shutil
-import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from lightning_adaptive.app.resume import lock, unlock, with_settings
 from lightning_adaptive.errors import CheckpointError, ConfigError
 from tests.support import command
-from tests.test_signals import Command
+from tests.test_signals import PAIR, Command
+from tests.test_sweeps import outcome
 
 RUN = [
     "recipe=digits_adam_to_sgd",
@@ -27,7 +24,6 @@ RUN = [
     "logger.csv.flush_logs_every_n_steps=1",
     "seed=7",
 ]
-PAIR = ["trainer=ddp_cpu", "trainer.devices=2"]
 
 
 def folder_of(place: Path) -> Path:
@@ -35,25 +31,11 @@ def folder_of(place: Path) -> Path:
     return folder
 
 
-def result(folder: Path) -> dict[str, Any]:
-    """What a run ended with, without what depends on the clock."""
-    found = json.loads((folder / "result.json").read_text())
-    for phase in found["phases"]:
-        phase.pop("seconds", None)
-    return dict(found)
-
-
 def curves(folder: Path) -> list[dict[str, str]]:
     """The rows of the curves; the number of the phase is written down again when a run goes on."""
     with (folder / "metrics.csv").open(newline="") as file:
         rows = [{name: value for name, value in row.items() if value and name != "phase"} for row in csv.DictReader(file)]
     return [row for row in rows if row.keys() != {"step"}]
-
-
-def kill(run: Command) -> None:
-    """Ends every process of the run at once."""
-    os.killpg(run.process.pid, signal.SIGKILL)
-    run.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +50,12 @@ def test_a_killed_run_goes_on_in_its_folder_and_ends_as_if_it_had_not_been(unint
     for epoch in (2, 4):  # before the switch and after it
         run = Command(tmp_path, RUN if epoch == 2 else ["resume=last"], {})
         run.wait_for(f"epoch {epoch}/")
-        kill(run)
+        run.kill()
     ended = command(["train", "resume=last"], tmp_path)
     assert ended.returncode == 0, ended.stderr
     folder = folder_of(tmp_path)
     assert re.search(rf"RESUMED from {folder}/checkpoints/\S+\.ckpt \(step \d+\)\.", ended.stderr)
-    assert result(folder) == result(uninterrupted)
+    assert outcome(folder) == outcome(uninterrupted)
     assert curves(folder) == curves(uninterrupted)
 
 
@@ -85,10 +67,10 @@ def test_a_killed_run_of_two_processes_goes_on(tmp_path: Path) -> None:
     assert command(["train", *RUN, *PAIR], whole).returncode == 0
     run = Command(killed, [*RUN, *PAIR], {})
     run.wait_for("epoch 3/")
-    kill(run)
+    run.kill()
     ended = command(["train", f"resume={folder_of(killed)}"], killed)
     assert ended.returncode == 0, ended.stderr
-    assert result(folder_of(killed)) == result(folder_of(whole))
+    assert outcome(folder_of(killed)) == outcome(folder_of(whole))
 
 
 @pytest.mark.slow
@@ -102,7 +84,7 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_it_taken(uninterrupted:
     assert f"{last}: no checkpoint, or not a whole one ({last.stat().st_size:,} bytes)" not in ended.stdout
     assert re.search(rf"{last}: no checkpoint, or not a whole one \([\d,]+ bytes\)\.", ended.stderr)
     assert re.search(r"RESUMED from \S+/epoch\S+\.ckpt", ended.stderr)
-    assert result(folder)["steps"] == result(uninterrupted)["steps"]
+    assert outcome(folder)["steps"] == outcome(uninterrupted)["steps"]
 
 
 def test_a_folder_in_use_is_refused_and_free_again_after_a_kill(tmp_path: Path) -> None:
@@ -118,7 +100,7 @@ def test_a_folder_in_use_is_refused_and_free_again_after_a_kill(tmp_path: Path) 
     )
     assert re.fullmatch(in_use, second.stderr)
     assert (folder_of(tmp_path) / ".hydra" / "overrides.yaml").read_text() == before
-    kill(run)
+    run.kill()
     ended = command(["train", "resume=last", "trainer.max_epochs=3", "--cfg", "job"], tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert "max_epochs: 3" in ended.stdout

@@ -35,7 +35,7 @@ from tests.cpu_strategies import STRATEGIES
 from tests.exactness import Augmented, RandomNet, RandomValidatedNet, SaveAtEachMoment
 from tests.faults import FORKS
 from tests.pair import Pair
-from tests.support import Net, ValidatedNet, dataset, digest, loader, trainer
+from tests.support import Net, ValidatedNet, dataset, digest, digest_of, loader, trainer
 
 pytestmark = [
     # A resumed run saves nothing here.
@@ -409,6 +409,14 @@ def test_another_state_is_refused(name: str, saved: Path, tmp_path: Path) -> Non
     edit, message = OTHER_STATES[name]
     path = edited(saved / "005-batch.ckpt", lambda checkpoint: edit(checkpoint["callbacks"][STATE]), tmp_path)
     assert re.match(message, refused(CheckpointError, path))
+
+
+def test_an_evaluation_takes_the_weights_whatever_the_state_is(saved: Path, tmp_path: Path) -> None:
+    path = edited(saved / "005-batch.ckpt", lambda checkpoint: checkpoint["callbacks"][STATE].update(version=2), tmp_path)
+    model, seen = RandomValidatedNet(), torch.load(path, weights_only=True)["state_dict"]
+    runner = trainer(callbacks=[ExactResume()])
+    runner.validate(model, DataLoader(Augmented(16), batch_size=8), ckpt_path=path, weights_only=True, verbose=False)
+    assert digest(model) == digest_of(seen)
 
 
 def test_every_field_survives_a_checkpoint(saved: Path) -> None:

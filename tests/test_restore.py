@@ -27,7 +27,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.optim import SGD, Optimizer
+from torch.optim import LBFGS, SGD, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_adaptive import CheckpointError, ConfigError, OptimizerSwitchCallback
@@ -101,6 +101,7 @@ class Case:
         policy: ``on_resume``.
         batch: size of a batch on a process.
         options: the trainer's.
+        besides: the switch's other options.
     """
 
     strategy: str | None
@@ -110,9 +111,10 @@ class Case:
     policy: Any = "error"
     batch: int = 8
     options: dict[str, Any] = field(default_factory=dict)
+    besides: dict[str, Any] = field(default_factory=dict)
 
-    def switch(self, cls: type[OptimizerSwitchCallback] = OptimizerSwitchCallback, **options: Any) -> OptimizerSwitchCallback:
-        return cls(at=self.at, optimizer=self.target, on_resume=self.policy, **options)
+    def switch(self, cls: type[OptimizerSwitchCallback] = OptimizerSwitchCallback) -> OptimizerSwitchCallback:
+        return cls(at=self.at, optimizer=self.target, on_resume=self.policy, **self.besides)
 
     def trainer(self, *callbacks: Callback, **options: Any) -> Trainer:
         strategy = {} if self.strategy is None else {"strategy": ALL[self.strategy](), "devices": 2}
@@ -589,6 +591,7 @@ STATELESS = (
     "switch.optimizer.momentum: SGD without momentum keeps no state, and Lightning cannot load a checkpoint of such an optimizer "
     "under FSDP. Give it momentum, or use ModelParallelStrategy (FSDP2) with save_distributed_checkpoint=True."
 )
+CLASSES = {"fsdp sharded": "CpuFSDP", "fsdp2 sharded": "ModelParallelStrategy", "deepspeed 1": "CpuDeepSpeed"}
 REFUSED = {
     "offloaded": (
         Case("deepspeed 2 forced late"),
@@ -606,6 +609,18 @@ REFUSED = {
         "end, and Lightning counts other steps than are made. Write a divisor, or cut the rest off with "
         "trainer.limit_train_batches=2.",
     ),
+    "another clipping value": (
+        Case("deepspeed 2", besides={"gradient_clip_val": 1.0}),
+        "switch.gradient_clip_val: 1.0 cannot be set under DeepSpeed: its config fixes clipping for the whole run. Write 'keep'.",
+    ),
+    **{
+        f"a closure, {strategy}": (
+            Case(strategy, target=LBFGS),
+            f"switch.optimizer: LBFGS needs the whole parameters and a closure, which {name} does not give. Use one process or "
+            "DDP.",
+        )
+        for strategy, name in CLASSES.items()
+    },
     "no state, fsdp sharded": (Case("fsdp sharded", target=partial(SGD, lr=0.1)), STATELESS),
     "no state, fsdp full": (Case("fsdp full", target=partial(SGD, lr=0.1)), STATELESS),
     "no state, fsdp2 full": (Case("fsdp2 full", target=partial(SGD, lr=0.1)), STATELESS),

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
-from torch.optim import LBFGS, SGD, Adam, AdamW
+from torch.optim import SGD, Adam, AdamW
 
-from lightning_adaptive import ConfigError, OptimizerSwitchCallback
+from lightning_adaptive import OptimizerSwitchCallback
 from lightning_adaptive.strategies import before_restore, placement
 from tests import matrix
 from tests.cpu_strategies import STRATEGIES, ShardableNet
@@ -105,39 +105,6 @@ def after_switches(count: int, strategy: str) -> tuple[int, int, int]:
 def test_fifty_switches_leave_one_phase_alive(strategy: str, pair: Pair) -> None:
     _, hooks, _ = pair.run(after_switches, 0, strategy)[0]
     assert pair.run(after_switches, 50, strategy) == [(1, hooks, 50)] * 2
-
-
-def refused(strategy: str, switch: OptimizerSwitchCallback) -> str:
-    warnings.simplefilter("ignore")
-    with counted_steps() as counts:
-        try:
-            trainer(strategy=STRATEGIES[strategy](), devices=2, max_epochs=3, callbacks=[switch]).fit(ShardableNet(), loader())
-        except ConfigError as error:
-            assert not counts
-            return str(error)
-    return ""
-
-
-@pytest.mark.parametrize(
-    ("strategy", "name"), [("fsdp sharded", "CpuFSDP"), ("fsdp2 sharded", "ModelParallelStrategy"), ("deepspeed 1", "CpuDeepSpeed")]
-)
-def test_lbfgs_is_refused_where_it_has_no_whole_parameters(strategy: str, name: str, pair: Pair) -> None:
-    switch = OptimizerSwitchCallback(at="1ep", optimizer=LBFGS)
-    assert (
-        pair.run(refused, strategy, switch)
-        == [
-            f"switch.optimizer: LBFGS needs the whole parameters and a closure, which {name} does not give. Use one process or DDP."
-        ]
-        * 2
-    )
-
-
-def test_another_clipping_value_is_refused_under_deepspeed(pair: Pair) -> None:
-    switch = OptimizerSwitchCallback(at="1ep", optimizer=SGD, gradient_clip_val=1.0)
-    message = (
-        "switch.gradient_clip_val: 1.0 cannot be set under DeepSpeed: its config fixes clipping for the whole run. Write 'keep'."
-    )
-    assert pair.run(refused, "deepspeed 2", switch) == [message] * 2
 
 
 class Redundant(ShardableNet):

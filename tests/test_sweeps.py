@@ -23,7 +23,7 @@ from lightning_adaptive.errors import ConfigError, UserError
 from lightning_adaptive.tasks.digits import DigitsNet
 from tests.cli import SCRIPT, SHORT, Run, result
 from tests.support import command, digest_of
-from tests.test_signals import Command
+from tests.test_signals import PAIR, Command
 
 TWO_EPOCHS = ("trainer.max_epochs=2", *SHORT[1:], "+trainer.limit_val_batches=1", "switch.at=1ep")
 """Eight steps, with a checkpoint after four."""
@@ -364,7 +364,6 @@ monitor: val/acc
 mode: max
 """
 GRID = [(seed, at) for seed in (1, 2) for at in ("1ep", "2ep")]
-PAIR = ("trainer=ddp_cpu", "trainer.devices=2")
 THREE_EPOCHS = ("-cd", "./conf", "task=mine", *PAIR, "trainer.max_epochs=3", *TWO_EPOCHS[1:-1])
 
 
