@@ -510,15 +510,15 @@ def test_hydras_instantiate_builds_our_switch_in_a_foreign_application(tmp_path:
         )
     first = instantiate(composed.optimizer)
     assert isinstance(first(parameters()), torch.optim.AdamW)
-    switch = instantiate(composed.switch)
-    assert isinstance(switch, OptimizerSwitchCallback)
+    callback = instantiate(composed.switch)
+    assert isinstance(callback, OptimizerSwitchCallback)
+    [switch] = callback.chain
     assert str(switch.at) == "3ep"
     built = switch.optimizer(parameters())
     assert isinstance(built, torch.optim.SGD)
     assert built.param_groups[0]["lr"] == 0.03
     assert type(switch.scheduler).__name__ == "StepDecay"
     assert isinstance(switch.param_groups, Inherit)
-    assert switch.then is None
 
 
 def test_our_builder_and_hydras_agree(tmp_path: Path) -> None:

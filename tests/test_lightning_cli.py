@@ -269,6 +269,7 @@ def test_the_command_line_stands_over_the_yaml_and_reaches_the_last_callback() -
     config = write(node("lightning_adaptive.ExactResume"), switch_node(scheduler=COSINE))
     words = (f"{CALLBACK}.at=75%", f"{CALLBACK}.optimizer.lr=0.3", f"{CALLBACK}.scheduler.warmup=1ep")
     switch = found_switch(cli(config, *words, run=False))
+    [switch] = switch.chain
     assert (str(switch.at), switch.scheduler) == ("75%", la.Cosine(warmup="1ep", floor=0.1))
     assert switch.optimizer([torch.zeros(1)]).defaults == {**SGD([torch.zeros(1)], momentum=0.9).defaults, "lr": 0.3}
 

@@ -413,8 +413,7 @@ def test_a_trigger_builds_whoever_builds_it(name: str, composed: Any) -> None:
     whole = composed(f"trigger@switch.when={name}", *(f"switch.when.{override}" for override in overrides))
     switch = config.switch(whole.switch)
     assert switch is not None
-    assert str(switch.when) == words
-    assert str(instantiate(whole.switch).when) == words
+    assert str(switch.chain[0].when) == str(instantiate(whole.switch).chain[0].when) == words
 
 
 @pytest.mark.parametrize("name", names("trigger"))
@@ -429,7 +428,7 @@ def test_a_handover_builds_and_is_used(name: str, composed: Any) -> None:
     whole = composed(f"handover@switch.handover={name}", "switch.at=1st")
     switch = config.switch(whole.switch)
     assert switch is not None
-    assert switch.handover == instantiate(whole.switch).handover == PRESETS[name]
+    assert switch.chain[0].handover == instantiate(whole.switch).chain[0].handover == PRESETS[name]
     fit(attach(Net(), optimizer=whole.optimizer), 2, switch)
     assert switch.phase == 1
 
