@@ -112,7 +112,7 @@ def test_param_group_nodes(target: str, kind: type) -> None:
 
 
 def test_a_switch_node_builds_all_its_slots() -> None:
-    built = config.switch(
+    callback = config.switch(
         node(
             **SWITCH,
             scheduler={"_target_": "lightning_adaptive.Constant", "warmup": "2st"},
@@ -121,7 +121,8 @@ def test_a_switch_node_builds_all_its_slots() -> None:
             gradient_clip_val=0.5,
         )
     )
-    assert isinstance(built, OptimizerSwitchCallback)
+    assert isinstance(callback, OptimizerSwitchCallback)
+    [built] = callback.chain
     assert str(built.at) == "3ep"
     assert isinstance(built.optimizer, functools.partial)
     assert built.optimizer.func is torch.optim.SGD
@@ -129,16 +130,15 @@ def test_a_switch_node_builds_all_its_slots() -> None:
     assert isinstance(built.param_groups, ParamGroups)
     assert built.handover == Handover()
     assert built.gradient_clip_val == 0.5
-    assert built.then is None
 
 
 def test_empty_slots_of_a_switch_mean_their_defaults() -> None:
-    built = config.switch(node(**SWITCH, scheduler={}, param_groups={}, handover={}, when=None, then={}))
-    assert built is not None
+    callback = config.switch(node(**SWITCH, scheduler={}, param_groups={}, handover={}, when=None, then={}))
+    assert callback is not None
+    [built] = callback.chain
     assert built.scheduler is None
     assert isinstance(built.param_groups, Inherit)
     assert built.handover == Handover()
-    assert built.then is None
 
 
 def test_then_is_the_switch_after_this_one() -> None:
