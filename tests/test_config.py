@@ -172,7 +172,7 @@ def test_callbacks_and_loggers_come_by_name_in_file_order(tmp_path: Path) -> Non
 def test_a_switch_may_stand_among_the_callbacks() -> None:
     built, rate = config.callbacks(node(switch=SWITCH, rate={"_target_": "lightning.pytorch.callbacks.LearningRateMonitor"}))
     assert isinstance(built, OptimizerSwitchCallback)
-    assert str(built.at) == "3ep"
+    assert str(built.chain[0].at) == "3ep"
     assert isinstance(rate, LearningRateMonitor)
     with pytest.raises(ConfigError, match=r"^callbacks\.switch\.optimizer\.momentun: SGD has no option"):
         config.callbacks(node(switch={**SWITCH, "optimizer": {**SGD, "momentun": 0.9}}))
@@ -525,9 +525,10 @@ def test_our_builder_and_hydras_agree(tmp_path: Path) -> None:
     (tmp_path / "app.yaml").write_text("defaults:\n  - switch: adam_to_sgd\n")
     with initialize_config_dir(str(tmp_path), version_base="1.3"):
         composed = compose("app", ["hydra.searchpath=[lightning_adaptive://]"])
-    ours, theirs = config.switch(composed.switch), instantiate(composed.switch)
-    assert ours is not None
-    for name in ("at", "scheduler", "handover", "gradient_clip_val", "enabled"):
+    callback = config.switch(composed.switch)
+    assert callback is not None
+    [ours], [theirs] = callback.chain, instantiate(composed.switch).chain
+    for name in ("at", "scheduler", "handover", "gradient_clip_val"):
         assert getattr(ours, name) == getattr(theirs, name)
     built, built_by_hydra = ours.optimizer(parameters()), theirs.optimizer(parameters())
     assert {**built.param_groups[0], "params": ()} == {**built_by_hydra.param_groups[0], "params": ()}
