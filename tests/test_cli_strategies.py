@@ -24,8 +24,6 @@ from tests.cli import Run, digests, result, runs
 from tests.support import ROOT, command
 from tests.witness import seen
 
-"""The fixture."""
-
 CONF = ROOT / "tests" / "conf"
 VARIANTS = ("fsdp_cpu", "fsdp2_cpu", "deepspeed_1_cpu", "deepspeed_2_cpu", "deepspeed_3_cpu")
 PARAMETERS = 9978

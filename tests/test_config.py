@@ -479,8 +479,9 @@ def test_the_standard_library_cannot_be_trusted(tmp_path: Path, monkeypatch: pyt
 )
 def test_functions_of_installed_packages_do_not_run(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError) as caught:
         config.optimizer_factory(node(_target_=target, command="touch ran", f="x", repo_or_dir=".", file="x"))
+    assert caught.value.key == "optimizer._target_", "it is refused itself, and not its options"
     assert os.listdir(tmp_path) == []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import math
 import pickle
 import warnings
 import weakref
@@ -28,7 +29,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_adaptive import ConfigError, Cosine, Handover, Inherit, OptimizerSwitchCallback, ParamGroups, attach
 from lightning_adaptive.report import read_curves
 from lightning_adaptive.strategies import placement
-from tests.support import Net, ValidatedNet, counted_steps, dataset, loader, trainer, weights
+from tests.support import Net, ValidatedNet, counted_steps, dataset, digest, loader, trainer, weights
 
 TO_SGD = partial(SGD, lr=0.1, momentum=0.9)
 
@@ -93,13 +94,12 @@ def test_equals_a_hand_written_run_bit_for_bit() -> None:
             optimizer = TO_SGD(by_hand.parameters())
         if step >= 12:
             t, warm = step - 12, 3
-            factor = (t + 1) / warm if t < warm else (1 + torch.cos(torch.tensor(torch.pi * (t - warm) / 17)).item()) / 2
+            factor = (t + 1) / warm if t < warm else (1 + math.cos(math.pi * ((t - warm) / 17))) / 2
             optimizer.param_groups[0]["lr"] = 0.1 * factor
         optimizer.zero_grad()
         nn.functional.cross_entropy(by_hand.net(inputs), targets).backward()
         optimizer.step()
-    for one, other in zip(ours.parameters(), by_hand.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)  # the factor of the cosine is a float32 here
+    assert digest(ours) == digest(by_hand)
 
 
 def test_accumulated_gradients_are_never_dropped() -> None:
@@ -324,7 +324,6 @@ def test_a_head_only_optimizer_never_trains_the_backbone() -> None:
     fit(OptimizerSwitchCallback(at="2ep", optimizer=TO_SGD), model)
     assert torch.equal(model.net[0].weight, backbone)
     assert not torch.equal(model.net[2].weight, head)
-    assert model.net[0].weight.grad is None or not model.net[0].weight.grad.isnan().any()
 
 
 def test_param_groups_object_makes_one_group_of_all_trainable_parameters() -> None:
