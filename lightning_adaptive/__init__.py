@@ -7,104 +7,50 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    # isort: off
+    # In the order of the table below; sorted, each name would take a line.
     from lightning_adaptive.combined import CombinedOptimizer as CombinedOptimizer
-    from lightning_adaptive.curves import REX as REX
-    from lightning_adaptive.curves import Cosine as Cosine
-    from lightning_adaptive.curves import CosineRestarts as CosineRestarts
-    from lightning_adaptive.curves import Cyclic as Cyclic
-    from lightning_adaptive.curves import Exponential as Exponential
-    from lightning_adaptive.curves import InverseSqrt as InverseSqrt
-    from lightning_adaptive.curves import Linear as Linear
-    from lightning_adaptive.curves import MultiStep as MultiStep
-    from lightning_adaptive.curves import OneCycle as OneCycle
-    from lightning_adaptive.curves import Polynomial as Polynomial
-    from lightning_adaptive.curves import StepDecay as StepDecay
-    from lightning_adaptive.curves import WarmupStableDecay as WarmupStableDecay
-    from lightning_adaptive.durations import Clock as Clock
-    from lightning_adaptive.durations import Duration as Duration
-    from lightning_adaptive.errors import CheckpointError as CheckpointError
-    from lightning_adaptive.errors import ConfigError as ConfigError
+    from lightning_adaptive.curves import REX as REX, Cosine as Cosine, CosineRestarts as CosineRestarts, Cyclic as Cyclic
+    from lightning_adaptive.curves import Exponential as Exponential, InverseSqrt as InverseSqrt, Linear as Linear
+    from lightning_adaptive.curves import MultiStep as MultiStep, OneCycle as OneCycle, Polynomial as Polynomial
+    from lightning_adaptive.curves import StepDecay as StepDecay, WarmupStableDecay as WarmupStableDecay
+    from lightning_adaptive.durations import Clock as Clock, Duration as Duration
+    from lightning_adaptive.errors import CheckpointError as CheckpointError, ConfigError as ConfigError
     from lightning_adaptive.exact_resume import ExactResume as ExactResume
     from lightning_adaptive.handover import Handover as Handover
-    from lightning_adaptive.hooks import attach as attach
-    from lightning_adaptive.hooks import configure_optimizers as configure_optimizers
-    from lightning_adaptive.noise import GradientNoiseMonitor as GradientNoiseMonitor
-    from lightning_adaptive.noise import GradientNoiseScale as GradientNoiseScale
-    from lightning_adaptive.param_groups import Inherit as Inherit
-    from lightning_adaptive.param_groups import LayerDecay as LayerDecay
-    from lightning_adaptive.param_groups import MupLike as MupLike
+    from lightning_adaptive.hooks import attach as attach, configure_optimizers as configure_optimizers
+    from lightning_adaptive.noise import GradientNoiseMonitor as GradientNoiseMonitor, GradientNoiseScale as GradientNoiseScale
+    from lightning_adaptive.param_groups import Inherit as Inherit, LayerDecay as LayerDecay, MupLike as MupLike
     from lightning_adaptive.param_groups import ParamGroups as ParamGroups
-    from lightning_adaptive.plan import Plan as Plan
-    from lightning_adaptive.plan import preview as preview
+    from lightning_adaptive.plan import Plan as Plan, preview as preview
     from lightning_adaptive.rules import Rule as Rule
-    from lightning_adaptive.schedules import Constant as Constant
-    from lightning_adaptive.schedules import Continue as Continue
-    from lightning_adaptive.schedules import Curve as Curve
-    from lightning_adaptive.schedules import PerOption as PerOption
-    from lightning_adaptive.schedules import Piecewise as Piecewise
-    from lightning_adaptive.schedules import Plateau as Plateau
-    from lightning_adaptive.schedules import Schedule as Schedule
+    from lightning_adaptive.schedules import Constant as Constant, Continue as Continue, Curve as Curve, PerOption as PerOption
+    from lightning_adaptive.schedules import Piecewise as Piecewise, Plateau as Plateau, Schedule as Schedule
     from lightning_adaptive.switch import OptimizerSwitchCallback as OptimizerSwitchCallback
-    from lightning_adaptive.triggers import AllOf as AllOf
-    from lightning_adaptive.triggers import AnyOf as AnyOf
-    from lightning_adaptive.triggers import Manual as Manual
-    from lightning_adaptive.triggers import OnNoise as OnNoise
-    from lightning_adaptive.triggers import OnPlateau as OnPlateau
-    from lightning_adaptive.triggers import OnThreshold as OnThreshold
-    from lightning_adaptive.triggers import Swats as Swats
-    from lightning_adaptive.triggers import Trigger as Trigger
+    from lightning_adaptive.triggers import AllOf as AllOf, AnyOf as AnyOf, Manual as Manual, OnNoise as OnNoise
+    from lightning_adaptive.triggers import OnPlateau as OnPlateau, OnThreshold as OnThreshold, Swats as Swats, Trigger as Trigger
 
 __version__ = "0.1.0"
 
 # Names are imported when they are first used, so that `--help` does not wait for torch.
-_HOMES = {
-    "AllOf": "triggers",
-    "AnyOf": "triggers",
-    "CheckpointError": "errors",
-    "Clock": "durations",
-    "CombinedOptimizer": "combined",
-    "ConfigError": "errors",
-    "Constant": "schedules",
-    "Continue": "schedules",
-    "Cosine": "curves",
-    "CosineRestarts": "curves",
-    "Curve": "schedules",
-    "Cyclic": "curves",
-    "Duration": "durations",
-    "ExactResume": "exact_resume",
-    "Exponential": "curves",
-    "GradientNoiseMonitor": "noise",
-    "GradientNoiseScale": "noise",
-    "Handover": "handover",
-    "Inherit": "param_groups",
-    "InverseSqrt": "curves",
-    "LayerDecay": "param_groups",
-    "Linear": "curves",
-    "Manual": "triggers",
-    "MultiStep": "curves",
-    "MupLike": "param_groups",
-    "OnNoise": "triggers",
-    "OnPlateau": "triggers",
-    "OnThreshold": "triggers",
-    "OneCycle": "curves",
-    "OptimizerSwitchCallback": "switch",
-    "ParamGroups": "param_groups",
-    "PerOption": "schedules",
-    "Piecewise": "schedules",
-    "Plan": "plan",
-    "Plateau": "schedules",
-    "Polynomial": "curves",
-    "REX": "curves",
-    "Rule": "rules",
-    "Schedule": "schedules",
-    "StepDecay": "curves",
-    "Swats": "triggers",
-    "Trigger": "triggers",
-    "WarmupStableDecay": "curves",
-    "attach": "hooks",
-    "configure_optimizers": "hooks",
-    "preview": "plan",
+_NAMES = {
+    "combined": "CombinedOptimizer",
+    "curves": "REX Cosine CosineRestarts Cyclic Exponential InverseSqrt Linear MultiStep OneCycle Polynomial StepDecay "
+    "WarmupStableDecay",
+    "durations": "Clock Duration",
+    "errors": "CheckpointError ConfigError",
+    "exact_resume": "ExactResume",
+    "handover": "Handover",
+    "hooks": "attach configure_optimizers",
+    "noise": "GradientNoiseMonitor GradientNoiseScale",
+    "param_groups": "Inherit LayerDecay MupLike ParamGroups",
+    "plan": "Plan preview",
+    "rules": "Rule",
+    "schedules": "Constant Continue Curve PerOption Piecewise Plateau Schedule",
+    "switch": "OptimizerSwitchCallback",
+    "triggers": "AllOf AnyOf Manual OnNoise OnPlateau OnThreshold Swats Trigger",
 }
+_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 
 __all__ = list(_HOMES)
 

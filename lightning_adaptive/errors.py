@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
@@ -38,6 +39,15 @@ class ConfigError(UserError, ValueError):
 
 class ConfigTypeError(ConfigError, TypeError):
     """A setting of the wrong type, for example an optimizer where a factory of optimizers belongs."""
+
+
+@contextlib.contextmanager
+def within(prefix: str) -> Iterator[None]:
+    """Lets the errors of what is done inside name their key as it is seen from further out."""
+    try:
+        yield
+    except ConfigError as error:
+        raise error.within(prefix) from error.__cause__
 
 
 class CheckpointError(UserError, RuntimeError):

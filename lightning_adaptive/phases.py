@@ -273,3 +273,15 @@ def format_lrs(values: Iterable[float]) -> str:
     values = list(values)
     words = list(dict.fromkeys(f"{value:.1e}" for value in values))
     return "/".join(words) if len(words) <= 4 else f"{min(values):.1e}..{max(values):.1e}"
+
+
+def format_bytes(count: int) -> str:
+    """A number of bytes for a person.
+
+    >>> format_bytes(304_000), format_bytes(12)
+    ('304.0 KB', '12 B')
+    """
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} B"

@@ -14,11 +14,12 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.nn.parameter import is_lazy
 
 from lightning_adaptive import strategies, trainers
+from lightning_adaptive.chain import PlannedPhase
 from lightning_adaptive.combined import class_name
 from lightning_adaptive.lr_schedulers import ScheduleLR, describe_schedule
-from lightning_adaptive.phases import Phase, format_lrs, lrs, partition_of, planned_state_bytes
+from lightning_adaptive.phases import Phase, format_bytes, format_lrs, lrs, partition_of, planned_state_bytes
 from lightning_adaptive.series import Epoch, Series, corners, of_phase
-from lightning_adaptive.switch import PlannedPhase, find_switch, format_bytes
+from lightning_adaptive.switch import find_switch
 
 
 @dataclass(frozen=True)

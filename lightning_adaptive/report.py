@@ -24,9 +24,9 @@ from lightning_adaptive.combined import class_name
 from lightning_adaptive.errors import ConfigError, did_you_mean
 from lightning_adaptive.lr_schedulers import describe_schedule
 from lightning_adaptive.noise import find_monitor
-from lightning_adaptive.phases import format_lrs, lrs, state_bytes
+from lightning_adaptive.phases import format_bytes, format_lrs, lrs, state_bytes
 from lightning_adaptive.strategies import running_optimizer
-from lightning_adaptive.switch import find_switch, format_bytes
+from lightning_adaptive.switch import find_switch
 
 _COLUMNS = ("phase", "optimizer", "schedule", "steps", "lr first", "lr last", "train loss", "{metric}", "seconds", "state")
 

@@ -55,7 +55,7 @@ SEAMS = (
     "ask", "before build", "after build", "before install", "after install", "in exchange", "after exchange", "before announce",
     "after announce",
 )  # fmt: skip
-"""Between the parts of a switch."""
+"""Between the parts of a switch, and within its exchange."""
 
 FAULTS = ("kill -9", "Ctrl-C", "exception")
 
@@ -158,15 +158,23 @@ def start(
     return jobs
 
 
+def stop(jobs: Sequence[BaseProcess]) -> None:
+    """Ends what still runs of a job's processes."""
+    for job in jobs:
+        job.kill()
+    for job in jobs:
+        job.join()
+
+
 def ended(folder: Path, jobs: Sequence[BaseProcess], timeout: float = 120) -> list[Any]:
     """What each process ended with."""
     for job in jobs:
         job.join(timeout)
     if any(job.exitcode != 0 for job in jobs):
-        for job in jobs:
-            job.kill()
+        codes = [job.exitcode for job in jobs]
+        stop(jobs)
         texts = [path.read_text()[-3000:] for path in sorted(folder.glob("rank*.txt"))]
-        raise AssertionError(f"exit codes {[job.exitcode for job in jobs]}:\n" + "\n".join(texts))
+        raise AssertionError(f"exit codes {codes}:\n" + "\n".join(texts))
     return [json.loads((folder / f"ended{rank}.json").read_text()) for rank in range(len(jobs))]
 
 
@@ -197,10 +205,7 @@ def chain(case: Case, kills: Sequence[tuple[int, float]], reference: list[Any], 
                 time.sleep(0.0005)
             time.sleep(wait)
             was_alive = any(job.is_alive() for job in jobs)
-            for job in jobs:
-                job.kill()
-            for job in jobs:
-                job.join()
+            stop(jobs)
             path, broken = checkpoints.newest(folder / "checkpoints")
             assert not broken, f"a checkpoint is broken: {broken}"
             found.append(f"step {saved_step(path)}" if path else "nothing yet")
@@ -225,7 +230,9 @@ def broken_at(case: Case, seam: str, fault: str, reference: list[Any]) -> None:
         jobs = start(case, folder, None, 1, broken=(seam, fault))
         for job in jobs:
             job.join(60)
-        assert all(job.exitcode not in (0, None) for job in jobs), f"{[job.exitcode for job in jobs]}: it did not break"
+        codes = [job.exitcode for job in jobs]
+        stop(jobs)
+        assert all(code not in (0, None) for code in codes), f"{codes}: it did not break"
         path, broken = checkpoints.newest(folder / "checkpoints")
         assert path is not None
         assert not broken

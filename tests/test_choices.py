@@ -140,7 +140,7 @@ echo "${{COMPREPLY[@]}}"
     return ended.stdout.split()
 
 
-OPTIMIZERS_IN_A = ["adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw"]
+OPTIMIZERS_IN_A = sorted(path.stem for path in (ROOT / "conf" / "optimizer").glob("a*.yaml"))
 
 
 @pytest.mark.parametrize(

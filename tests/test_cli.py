@@ -146,19 +146,11 @@ def test_a_study_can_be_named_and_a_mistake_in_it_is_no_success(train: Run, tmp_
     assert job.startswith("seed-7_switch.at-5_")
 
 
-def test_two_runs_of_one_second_get_two_folders(train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stamps = []
-    stamp = job.run_stamp
-
-    def recorded() -> str:
-        stamps.append(stamp())
-        return stamps[-1]
-
-    monkeypatch.setattr(job, "run_stamp", recorded)
+def test_two_runs_of_one_second_get_two_folders(train: Run, tmp_path: Path) -> None:
     first, second = (train("switch.at=5"), train("switch.at=5"))  # the mistake keeps them short; the folder comes before it
     assert (first.code, second.code) == (2, 2)
     assert len(runs(tmp_path)) == 2
-    assert stamp() != stamp()
+    assert job.run_stamp() != job.run_stamp()
 
 
 def test_a_schedulers_job_id_names_the_folder(train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,6 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_it_taken(uninterrupted:
     last.write_bytes(last.read_bytes()[:-500])
     ended = command(["train", f"resume={folder}"], tmp_path)
     assert ended.returncode == 0, ended.stderr
-    assert f"{last}: no checkpoint, or not a whole one ({last.stat().st_size:,} bytes)" not in ended.stdout
     assert re.search(rf"{last}: no checkpoint, or not a whole one \([\d,]+ bytes\)\.", ended.stderr)
     assert re.search(r"RESUMED from \S+/epoch\S+\.ckpt", ended.stderr)
     assert outcome(folder)["steps"] == outcome(uninterrupted)["steps"]

@@ -112,7 +112,7 @@ def test_param_group_nodes(target: str, kind: type) -> None:
 
 
 def test_a_switch_node_builds_all_its_slots() -> None:
-    built = config.switch(
+    callback = config.switch(
         node(
             **SWITCH,
             scheduler={"_target_": "lightning_adaptive.Constant", "warmup": "2st"},
@@ -121,7 +121,8 @@ def test_a_switch_node_builds_all_its_slots() -> None:
             gradient_clip_val=0.5,
         )
     )
-    assert isinstance(built, OptimizerSwitchCallback)
+    assert isinstance(callback, OptimizerSwitchCallback)
+    [built] = callback.chain
     assert str(built.at) == "3ep"
     assert isinstance(built.optimizer, functools.partial)
     assert built.optimizer.func is torch.optim.SGD
@@ -129,16 +130,15 @@ def test_a_switch_node_builds_all_its_slots() -> None:
     assert isinstance(built.param_groups, ParamGroups)
     assert built.handover == Handover()
     assert built.gradient_clip_val == 0.5
-    assert built.then is None
 
 
 def test_empty_slots_of_a_switch_mean_their_defaults() -> None:
-    built = config.switch(node(**SWITCH, scheduler={}, param_groups={}, handover={}, when=None, then={}))
-    assert built is not None
+    callback = config.switch(node(**SWITCH, scheduler={}, param_groups={}, handover={}, when=None, then={}))
+    assert callback is not None
+    [built] = callback.chain
     assert built.scheduler is None
     assert isinstance(built.param_groups, Inherit)
     assert built.handover == Handover()
-    assert built.then is None
 
 
 def test_then_is_the_switch_after_this_one() -> None:
@@ -172,7 +172,7 @@ def test_callbacks_and_loggers_come_by_name_in_file_order(tmp_path: Path) -> Non
 def test_a_switch_may_stand_among_the_callbacks() -> None:
     built, rate = config.callbacks(node(switch=SWITCH, rate={"_target_": "lightning.pytorch.callbacks.LearningRateMonitor"}))
     assert isinstance(built, OptimizerSwitchCallback)
-    assert str(built.at) == "3ep"
+    assert str(built.chain[0].at) == "3ep"
     assert isinstance(rate, LearningRateMonitor)
     with pytest.raises(ConfigError, match=r"^callbacks\.switch\.optimizer\.momentun: SGD has no option"):
         config.callbacks(node(switch={**SWITCH, "optimizer": {**SGD, "momentun": 0.9}}))
@@ -479,8 +479,9 @@ def test_the_standard_library_cannot_be_trusted(tmp_path: Path, monkeypatch: pyt
 )
 def test_functions_of_installed_packages_do_not_run(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError) as caught:
         config.optimizer_factory(node(_target_=target, command="touch ran", f="x", repo_or_dir=".", file="x"))
+    assert caught.value.key == "optimizer._target_", "it is refused itself, and not its options"
     assert os.listdir(tmp_path) == []
 
 
@@ -510,24 +511,25 @@ def test_hydras_instantiate_builds_our_switch_in_a_foreign_application(tmp_path:
         )
     first = instantiate(composed.optimizer)
     assert isinstance(first(parameters()), torch.optim.AdamW)
-    switch = instantiate(composed.switch)
-    assert isinstance(switch, OptimizerSwitchCallback)
+    callback = instantiate(composed.switch)
+    assert isinstance(callback, OptimizerSwitchCallback)
+    [switch] = callback.chain
     assert str(switch.at) == "3ep"
     built = switch.optimizer(parameters())
     assert isinstance(built, torch.optim.SGD)
     assert built.param_groups[0]["lr"] == 0.03
     assert type(switch.scheduler).__name__ == "StepDecay"
     assert isinstance(switch.param_groups, Inherit)
-    assert switch.then is None
 
 
 def test_our_builder_and_hydras_agree(tmp_path: Path) -> None:
     (tmp_path / "app.yaml").write_text("defaults:\n  - switch: adam_to_sgd\n")
     with initialize_config_dir(str(tmp_path), version_base="1.3"):
         composed = compose("app", ["hydra.searchpath=[lightning_adaptive://]"])
-    ours, theirs = config.switch(composed.switch), instantiate(composed.switch)
-    assert ours is not None
-    for name in ("at", "scheduler", "handover", "gradient_clip_val", "enabled"):
+    callback = config.switch(composed.switch)
+    assert callback is not None
+    [ours], [theirs] = callback.chain, instantiate(composed.switch).chain
+    for name in ("at", "scheduler", "handover", "gradient_clip_val"):
         assert getattr(ours, name) == getattr(theirs, name)
     built, built_by_hydra = ours.optimizer(parameters()), theirs.optimizer(parameters())
     assert {**built.param_groups[0], "params": ()} == {**built_by_hydra.param_groups[0], "params": ()}

@@ -9,7 +9,6 @@ import itertools
 import logging
 import math
 import os
-import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch.optim import LBFGS, SGD, Adam, AdamW, RMSprop
@@ -48,7 +47,7 @@ from lightning_adaptive import (
 )
 from lightning_adaptive.handover import PRESETS
 from lightning_adaptive.report import RunReport, read_curves
-from lightning_adaptive.strategies import running_optimizer
+from lightning_adaptive.strategies import placement, running_optimizer
 from lightning_adaptive.triggers import Swats
 from tests.cpu_strategies import STRATEGIES, ShardableNet, whole_weights
 from tests.exactness import SaveAtEachMoment
@@ -488,6 +487,24 @@ def test_every_strategy_decides_as_one_process_does(name: str, pair: Pair) -> No
             torch.testing.assert_close(tensor, alone.weights[key], rtol=1e-4, atol=1e-5)
 
 
+class Sums(Callback):
+    """What a process is told of a sum of which each has computed another."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        rows = torch.tensor([[1.0 + trainer.global_rank]], dtype=torch.float64)
+        self.found = placement(trainer).whole([next(pl_module.parameters())], rows).tolist()
+
+
+def told_of_sums() -> list[list[float]]:
+    sums = Sums()
+    trainer(strategy="ddp", devices=2, max_steps=1, callbacks=[sums]).fit(ShardableNet(), loader())
+    return sums.found
+
+
+def test_ranks_that_have_computed_other_sums_decide_by_those_of_the_first(pair: Pair) -> None:
+    assert pair.run(told_of_sums) == [[[1.0]]] * 2
+
+
 def test_the_guard_of_the_smooth_switch_here_holds_updates_back() -> None:
     """Or the comparison of strategies would not show that they hold back alike."""
     guarded, free = run(Case(partial(switch, SMOOTH))), run(Case(partial(switch, replace(SMOOTH, guard=None))))
@@ -825,11 +842,13 @@ def test_swats_does_not_fire_on_steps_that_are_not_finite_and_says_so_once(crite
     assert f"NO SWITCH: training ended at step 24, before when={criterion}." in ended.lines
 
 
-class NeverEnding(Callback):
-    """Takes its time, so that time is over before the steps are."""
+class TimeIsOver(Callback):
+    """Lets the trainer's timer believe so after seven steps."""
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        time.sleep(0.02)
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 7:
+            [timer] = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]
+            timer.load_state_dict({"time_elapsed": {"train": 1e6}})
 
 
 class Stop(Callback):
@@ -841,7 +860,7 @@ class Stop(Callback):
 def test_a_training_that_ends_before_its_switch_says_so(how: str) -> None:
     extra, options = {
         "early stopping": ([EarlyStopping("val/loss", patience=1)], {}),
-        "time": ([NeverEnding()], {"max_time": {"seconds": 0.2}}),
+        "time": ([TimeIsOver()], {"max_time": {"hours": 1}}),
         "a stop": ([Stop()], {}),
     }[how]
     ended = run(

@@ -225,7 +225,7 @@ def test_what_print_config_prints_trains_the_same(capsys: pytest.CaptureFixture[
     Path("printed.yaml").write_text(capsys.readouterr().out, encoding="utf-8")
     built = cli("fit", "--config=printed.yaml")
     assert digest(built.model) == digest(cli(*words).model)
-    assert repr(found_switch(built)) == f"OptimizerSwitchCallback(at='9st', then={to_sgd(at='3ep')!r})"
+    assert repr(found_switch(built)) == "OptimizerSwitchCallback(at=9st; at=3ep)"
 
 
 # The command line
@@ -269,6 +269,7 @@ def test_the_command_line_stands_over_the_yaml_and_reaches_the_last_callback() -
     config = write(node("lightning_adaptive.ExactResume"), switch_node(scheduler=COSINE))
     words = (f"{CALLBACK}.at=75%", f"{CALLBACK}.optimizer.lr=0.3", f"{CALLBACK}.scheduler.warmup=1ep")
     switch = found_switch(cli(config, *words, run=False))
+    [switch] = switch.chain
     assert (str(switch.at), switch.scheduler) == ("75%", la.Cosine(warmup="1ep", floor=0.1))
     assert switch.optimizer([torch.zeros(1)]).defaults == {**SGD([torch.zeros(1)], momentum=0.9).defaults, "lr": 0.3}
 
@@ -471,7 +472,7 @@ def test_a_mistake_on_the_command_line_is_an_error_of_usage(word: str, line: str
 
 
 def test_a_misspelt_option_of_the_callback_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    print(refused(capsys, "fit", "--switch.att=3ep", kind=KeyedCLI)[-3:])
+    assert any("--switch.att" in line for line in refused(capsys, "fit", "--switch.att=3ep", kind=KeyedCLI))
     assert "Option 'att' is not accepted" in refused(capsys, "fit", write(switch_node()), f"{CALLBACK}.att=3ep")
 
 

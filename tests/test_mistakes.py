@@ -12,13 +12,15 @@ import pytest
 
 from lightning_adaptive.app import cli
 from tests.cli import SCRIPT, Run, digests
-from tests.support import command
+from tests.support import ROOT, command
 
-OPTIMIZERS = "adadelta, adafactor, adagrad, adam, adamax, adamw, custom, lbfgs, muon, nadam, radam, rmsprop, sgd"
-RECIPES = (
-    "digits_adagrad, digits_adam, digits_adam_cosine, digits_adam_step, digits_adam_to_sgd, digits_momentum, digits_noise, "
-    "digits_rmsprop, digits_sgd, digits_swats, digits_warmup_cosine, digits_wsd"
-)
+
+def choices(folder: str) -> str:
+    """Of which file a message says that it can be chosen."""
+    return ", ".join(sorted(path.stem for path in (ROOT / folder).glob("*.yaml")))
+
+
+OPTIMIZERS, RECIPES, SWITCHES = choices("conf/optimizer"), choices("recipes"), choices("conf/switch")
 FLAGS = (
     "--help, --hydra-help, --version, --run, --multirun, --resolve, --shell-completion, --cfg, --package, --config-path, "
     "--config-name, --config-dir, --experimental-rerun, --trust, --info"
@@ -41,13 +43,11 @@ MISTAKES: list[tuple[str, str]] = [
     ),
     (
         "logger=[csv,tensorbord]",
-        "logger=[csv,tensorbord]: logger has no 'tensorbord'. Did you mean 'tensorboard'? "
-        "Choices: csv, many, mlflow, tensorboard, wandb.",
+        f"logger=[csv,tensorbord]: logger has no 'tensorbord'. Did you mean 'tensorboard'? Choices: {choices('conf/logger')}.",
     ),
     (
         "switch=null",
-        "switch=null: 'null' is not the name of a file of switch. Choices: adam_to_lbfgs, adam_to_sgd, adamw_to_sgd, lower_lr, "
-        "noise, none, plateau, sgd_to_adam, swats, three_phases.",
+        f"switch=null: 'null' is not the name of a file of switch. Choices: {SWITCHES}.",
     ),
     (
         "optimizer@switch.optimzer=sgd",
@@ -272,7 +272,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("+switch.at=3ep", "+switch.at=3ep: switch.at is there already. Write it without the plus, to change it."),
     (
         "switch.then.at=3ep",
-        "switch.then.at=3ep: switch.then is empty. Choose a file for it first: switch@switch.then=adam_to_lbfgs.",
+        f"switch.then.at=3ep: switch.then is empty. Choose a file for it first: switch@switch.then={SWITCHES.partition(',')[0]}.",
     ),
     ("optimizer.lr=${nowhere}", "optimizer.lr: Interpolation key 'nowhere' not found"),
     (
@@ -283,9 +283,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("switch.at=", "switch.at: '' is not a duration. Write a number and its unit: 5ep (epochs), 5st (optimizer steps) or 5%."),
     (
         "scheduler=cosin",
-        "scheduler=cosin: scheduler has no 'cosin'. Did you mean 'cosine'? Choices: constant, continue, cosine, cosine_restarts, "
-        "custom, cyclic, exponential, inverse_sqrt, linear, multistep, none, one_cycle, per_option, piecewise, plateau, "
-        "polynomial, rex, step, wsd.",
+        f"scheduler=cosin: scheduler has no 'cosin'. Did you mean 'cosine'? Choices: {choices('conf/scheduler')}.",
     ),
     (
         "hydra/launcher=joblibb",

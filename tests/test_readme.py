@@ -145,5 +145,7 @@ def test_the_table_of_strategies_has_a_row_for_each_and_no_failure() -> None:
 
 
 def test_what_the_readme_points_to_exists() -> None:
-    for target in re.findall(r"\]\(((?!http)[^)]+)\)", README + CONTRIBUTING):
+    targets = re.findall(r"\]\(((?!http)[^)]+)\)", README + CONTRIBUTING)
+    assert {"recipes/README.md", "docs/hydra.md", "docs/lightning_cli.md"} <= set(targets)
+    for target in targets:
         assert (ROOT / target).is_file(), target

@@ -9,8 +9,8 @@ import copy
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,13 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging, ModelCheckpoint, WeightAveraging
-from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import Strategy
 from torch.optim import LBFGS, SGD, AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
-from lightning_adaptive import CheckpointError, Clock, Cosine, OptimizerSwitchCallback, StepDecay, attach, strategies
+from lightning_adaptive import CheckpointError, Clock, Cosine, OptimizerSwitchCallback, StepDecay, attach
+from lightning_adaptive.switch import SwitchState
+from tests.faults import SEAMS, FaultySwitch
 from tests.pair import Pair
 from tests.support import Net, ValidatedNet, counted_steps, digest, loader, trainer
 
@@ -176,134 +178,40 @@ class SaveOnException(Callback):
         trainer.save_checkpoint(self.path)
 
 
-class Fault(Exception):
-    """Planted."""
+def break_setter_once(patch: pytest.MonkeyPatch) -> None:
+    """Another seam, in Lightning's setter after it has set: between new optimizer and new scheduler."""
+    plain, armed = Strategy.optimizers, [True]
+
+    def set_and_break(strategy: Strategy, optimizers: Any) -> None:
+        plain.fset(strategy, optimizers)  # type: ignore[attr-defined]
+        if armed and type(optimizers[0]) is SGD:
+            armed.clear()
+            FaultySwitch.break_at("between optimizer and scheduler")
+
+    patch.setattr(Strategy, "optimizers", plain.setter(set_and_break))  # type: ignore[attr-defined]
 
 
-class Faulty(OptimizerSwitchCallback):
-    """Raises at a seam of the switch: before or after one of its parts."""
-
-    seam: str
-    error: type[BaseException]
-
-    def _is_due(self, trainer: Trainer, batch_idx: int) -> bool:
-        due = super()._is_due(trainer, batch_idx)
-        if due:
-            self._raise_at("ask")
-        return due
-
-    def _build_next(self, *arguments: Any) -> Any:
-        self._raise_at("before build")
-        built = super()._build_next(*arguments)
-        self._raise_at("after build")
-        return built
-
-    def _exchange(self, *arguments: Any) -> None:
-        super()._exchange(*arguments)
-        self._raise_at("after exchange")
-
-    def _clip_val(self) -> float | None:
-        self._raise_at("in exchange")
-        return super()._clip_val()
-
-    def _announce(self, *arguments: Any) -> None:
-        self._raise_at("before announce")
-        super()._announce(*arguments)
-        self._raise_at("after announce")
-
-    def _raise_at(self, seam: str) -> None:
-        if seam == self.seam:
-            raise self.error("planted")
-
-
-class Installing(strategies.Plain):
-    """Raises inside of the installation."""
-
-    seam: str
-    error: type[BaseException]
-
-    def install(self, *arguments: Any) -> None:
-        if self.seam == "before install":
-            raise self.error("planted")
-        super().install(*arguments)
-        if self.seam == "after install":
-            raise self.error("planted")
-
-
-@pytest.fixture
-def optimizers_setter(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[type[BaseException]], None]]:
-    """Makes Lightning's setter raise once, after it has set: the seam between new optimizer and new scheduler."""
-    plain = Strategy.optimizers
-
-    def arm(error: type[BaseException]) -> None:
-        armed = [True]
-
-        def set_and_raise(strategy: Strategy, optimizers: Any) -> None:
-            plain.fset(strategy, optimizers)  # type: ignore[attr-defined]
-            if armed[0] and type(optimizers[0]) is SGD:
-                armed[0] = False
-                raise error("planted")
-
-        monkeypatch.setattr(Strategy, "optimizers", plain.setter(set_and_raise))  # type: ignore[attr-defined]
-
-    yield arm
-    monkeypatch.undo()
-
-
-SEAMS = [
-    "ask",
-    "before build",
-    "after build",
-    "before install",
-    "between optimizer and scheduler",
-    "after install",
-    "in exchange",
-    "after exchange",
-    "before announce",
-    "after announce",
-]
-
-
-@pytest.mark.parametrize("error", [Fault, KeyboardInterrupt])
-@pytest.mark.parametrize("seam", SEAMS)
+@pytest.mark.parametrize("fault", ["exception", "Ctrl-C"])
+@pytest.mark.parametrize("seam", [*SEAMS, "between optimizer and scheduler"])
 def test_an_exception_at_a_seam_leaves_a_checkpoint_that_resumes(
-    seam: str,
-    error: type[BaseException],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    optimizers_setter: Callable[[type[BaseException]], None],
+    seam: str, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sound = Case(partial(to_sgd, scheduler=Cosine()), at=2, scheduled=True)
     reference, _ = run(sound, tmp_path / "reference")
-
-    def faulty() -> Callback:
-        callback = Faulty(at="2ep", optimizer=TO_SGD, scheduler=Cosine())
-        callback.seam, callback.error = seam, error
-        return callback
-
+    broken = replace(sound, switch=partial(FaultySwitch, at="2ep", optimizer=TO_SGD, scheduler=Cosine()))
     with monkeypatch.context() as patched:
-        installing = type("Installing", (Installing,), {"seam": seam, "error": error})
-        patched.setitem(strategies.PLACEMENTS, SingleDeviceStrategy, installing)
-        if seam == "between optimizer and scheduler":
-            optimizers_setter(error)
+        patched.setattr(FaultySwitch, "seam", seam)
+        patched.setattr(FaultySwitch, "fault", fault)
+        break_setter_once(patched)
         # Lightning turns Ctrl-C into an exit.
-        with pytest.raises(SystemExit if error is KeyboardInterrupt else Fault):
-            run(
-                Case(faulty, at=2, scheduled=True),
-                tmp_path / "broken",
-                extra=(SaveOnException(tmp_path / "saved.ckpt"),),
-            )
+        with pytest.raises(SystemExit) if fault == "Ctrl-C" else pytest.raises(RuntimeError, match="planted"):
+            run(broken, tmp_path / "broken", extra=(SaveOnException(tmp_path / "saved.ckpt"),))
     saved = torch.load(tmp_path / "saved.ckpt", weights_only=True)
-    [state] = [value for key, value in saved["callbacks"].items() if "OptimizerSwitchCallback" in key or "Faulty" in key]
+    [state] = [value for key, value in saved["callbacks"].items() if "OptimizerSwitchCallback" in key]
     [group] = saved["optimizer_states"][0]["param_groups"]
-    scheduler_step = saved["lr_schedulers"][0]["step"]
-    if state["phase"] == 0:
-        assert ("betas" in group, len(saved["optimizer_states"][0]["state"]), scheduler_step) == (True, 4, 16)
-    else:
-        assert ("betas" in group, len(saved["optimizer_states"][0]["state"]), scheduler_step) == (False, 0, 0)
-    saved["callbacks"] = {key.replace("Faulty", "OptimizerSwitchCallback"): value for key, value in saved["callbacks"].items()}
-    torch.save(saved, tmp_path / "resumable.ckpt")
-    weights, counts = run(sound, tmp_path, tmp_path / "resumable.ckpt", seed=3)
+    found = state["phase"], "betas" in group, len(saved["optimizer_states"][0]["state"]), saved["lr_schedulers"][0]["step"]
+    assert found == ((1, False, 0, 0) if seam in ("after exchange", "before announce", "after announce") else (0, True, 4, 16))
+    weights, counts = run(sound, tmp_path, tmp_path / "saved.ckpt", seed=3)
     assert weights == reference
     assert counts == {"SGD": 32}
 
@@ -318,7 +226,10 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field_and_value", "message"),
     [
-        ({"phase": 10**9}, "the checkpoint was written in phase 1000000000 (SGD), but this run's switch leads only to phase 1. "),
+        (
+            {"phase": 99},
+            "the checkpoint was written in phase 99 (SGD, from step 16), but this run's switch leads only to phase 1. ",
+        ),
         ({"phase": -1}, "the switch's state in the checkpoint is damaged: phase -1, first step 16, of its schedule 16."),
         ({"schedule_step": 17}, "the switch's state in the checkpoint is damaged: phase 1, first step 16, of its schedule 17."),
         ({"trigger": 5}, "the switch's state in the checkpoint is damaged: TypeError("),
@@ -393,9 +304,14 @@ def test_every_field_of_the_state_survives(tmp_path: Path) -> None:
             "seed": "1",
         },
     }
+    # With a value in each field that is not its default.
+    state |= {"schedule_step": 8, "trigger": {"step": 8, "waited": 1}, "limit": 0.5}
+    state["partition"][0] |= {"name": "all", "lr_ratio": 2.0, "no_decay": True}
     callback = OptimizerSwitchCallback(at="2ep", optimizer=TO_SGD)
     callback.load_state_dict(state)
     assert callback.state_dict() == state
+    fresh = SwitchState()
+    assert [name for name, value in vars(SwitchState.from_dict(state)).items() if value == getattr(fresh, name)] == []
 
 
 def test_the_weights_of_a_switched_checkpoint_load_without_the_package(tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ class OnlyTheSetter(Callback):
 
 def test_a_switch_through_the_setter_alone_does_not_resume_on_fsdp2(pair: Pair, tmp_path: Path) -> None:
     pair.run(matrix.train, "fsdp2 sharded", tmp_path, OnlyTheSetter)
-    with pytest.raises(RuntimeError, match=r"Missing key in checkpoint state_dict|KeyError|Error"):
+    with pytest.raises(RuntimeError, match=r"Missing key in checkpoint state_dict: optimizer_0\.state\."):
         pair.run(matrix.train, "fsdp2 sharded", tmp_path, OnlyTheSetter, 4)
 
 

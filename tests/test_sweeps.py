@@ -229,8 +229,9 @@ def test_checkpoints_that_do_not_fit_keep_their_code(train: Run, tmp_path: Path)
 
 
 @pytest.fixture
-def begun(tmp_path: Path) -> Sweep:
-    """A sweep that Hydra has begun in this process."""
+def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
+    """A sweep that Hydra has begun in this process, until the test is over."""
+    monkeypatch.setattr(Sweep, "current", None)
     sweep = Sweep()
     sweep.on_multirun_start(OmegaConf.create({"study": "s1", "hydra": {"runtime": {"cwd": str(tmp_path)}, "sweep": {"dir": "s1"}}}))
     return sweep

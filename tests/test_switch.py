@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import math
 import pickle
 import warnings
 import weakref
@@ -28,7 +29,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_adaptive import ConfigError, Cosine, Handover, Inherit, OptimizerSwitchCallback, ParamGroups, attach
 from lightning_adaptive.report import read_curves
 from lightning_adaptive.strategies import placement
-from tests.support import Net, ValidatedNet, counted_steps, dataset, loader, trainer, weights
+from tests.support import Net, ValidatedNet, counted_steps, dataset, digest, loader, trainer, weights
 
 TO_SGD = partial(SGD, lr=0.1, momentum=0.9)
 
@@ -93,13 +94,12 @@ def test_equals_a_hand_written_run_bit_for_bit() -> None:
             optimizer = TO_SGD(by_hand.parameters())
         if step >= 12:
             t, warm = step - 12, 3
-            factor = (t + 1) / warm if t < warm else (1 + torch.cos(torch.tensor(torch.pi * (t - warm) / 17)).item()) / 2
+            factor = (t + 1) / warm if t < warm else (1 + math.cos(math.pi * ((t - warm) / 17))) / 2
             optimizer.param_groups[0]["lr"] = 0.1 * factor
         optimizer.zero_grad()
         nn.functional.cross_entropy(by_hand.net(inputs), targets).backward()
         optimizer.step()
-    for one, other in zip(ours.parameters(), by_hand.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)  # the factor of the cosine is a float32 here
+    assert digest(ours) == digest(by_hand)
 
 
 def test_accumulated_gradients_are_never_dropped() -> None:
@@ -207,7 +207,7 @@ def test_a_chain_of_switches(caplog: pytest.LogCaptureFixture) -> None:
         watch = fit(switch)
     assert watch.switched_at == [(0, "Adam"), (8, "SGD"), (24, "AdamW")]
     assert caplog.text.count("SWITCH at") == 2
-    assert repr(switch) == "OptimizerSwitchCallback(at='1ep', then=OptimizerSwitchCallback(at='75%'))"
+    assert repr(switch) == "OptimizerSwitchCallback(at=1ep; at=75%)"
 
 
 def test_lbfgs_as_target() -> None:
@@ -324,7 +324,6 @@ def test_a_head_only_optimizer_never_trains_the_backbone() -> None:
     fit(OptimizerSwitchCallback(at="2ep", optimizer=TO_SGD), model)
     assert torch.equal(model.net[0].weight, backbone)
     assert not torch.equal(model.net[2].weight, head)
-    assert model.net[0].weight.grad is None or not model.net[0].weight.grad.isnan().any()
 
 
 def test_param_groups_object_makes_one_group_of_all_trainable_parameters() -> None:
@@ -372,7 +371,7 @@ def test_disabled_does_nothing(caplog: pytest.LogCaptureFixture) -> None:
     assert "SWITCH" not in caplog.text
     assert repr(switch) == "OptimizerSwitchCallback(enabled=False)"
     then_disabled = OptimizerSwitchCallback(at="1ep", optimizer=TO_SGD, then=switch)
-    assert then_disabled.then is None
+    assert len(then_disabled.chain) == 1
 
 
 def test_the_callback_pickles_and_copies() -> None:
@@ -669,7 +668,7 @@ def test_manual_optimization_refuses(arguments: dict[str, Any], scheduled: bool,
 
 
 def test_an_empty_slot_of_a_config_means_its_default() -> None:
-    switch = OptimizerSwitchCallback(at="2ep", optimizer=TO_SGD, scheduler={}, param_groups={}, handover={})
+    [switch] = OptimizerSwitchCallback(at="2ep", optimizer=TO_SGD, scheduler={}, param_groups={}, handover={}).chain
     assert switch.scheduler is None
     assert isinstance(switch.param_groups, Inherit)
     assert switch.handover == Handover()
