@@ -799,6 +799,10 @@ def sgd(**options: Any) -> Optimizer:
     return SGD(weights(), **{"lr": 0.1, "momentum": 0.9, **options})
 
 
+class RateFree(Optimizer):
+    """Without a learning rate, as some that find their own."""
+
+
 def mean(rule: str, whose: str, cls: str, instead: str) -> str:
     known = "Adam, AdamW, NAdam, RAdam and SGD"
     return f"{rule!r} needs the gradients' mean, which {known} keep, and {whose} is {cls}. Write {instead}."
@@ -861,6 +865,12 @@ PAIRS: list[tuple[Handover, Any, Any, str]] = [
         lambda: sgd(momentum=0.0),
         adam,
         "guard: SGD without momentum keeps nothing that tells the length of its updates. Write null.",
+    ),
+    (
+        PRESETS["keep"],
+        lambda: RateFree(weights(), {}),
+        sgd,
+        "lr: RateFree has no learning rate (lr) that could be kept. Write own.",
     ),
     (
         Handover(weight_decay="match"),
