@@ -1,4 +1,4 @@
-"""What crosses a switch: the learning rate, the momentum and the weight decay; and what holds the first updates back."""
+"""What crosses a switch: the learning rate, the momentum and the weight decay; and to what the first updates are held."""
 
 from __future__ import annotations
 
@@ -17,9 +17,6 @@ from lightning_adaptive.combined import class_name
 from lightning_adaptive.durations import Clock, Duration, DurationLike
 from lightning_adaptive.errors import ConfigError, ConfigTypeError, check_number, did_you_mean
 from lightning_adaptive.param_groups import Group, OptimizerGroup, Partition
-
-Whole = Callable[[Sequence[Tensor], Tensor], Tensor]
-"""Parameters and a row of sums for each, of what lies on this process, to the same sums of the whole parameters; no waiting."""
 
 G = TypeVar("G")
 
@@ -270,7 +267,7 @@ def cross(
     running: Optimizer,
     following: Optimizer,
     partition: Partition,
-    whole: Whole,
+    whole: moments.Whole,
     *,
     running_groups: Sequence[OptimizerGroup] | None = None,
     inherits: bool = True,
@@ -351,55 +348,6 @@ def is_given(group: Group, option: Literal["lr", "weight_decay"]) -> bool:
     return group.lr is not None if option == "lr" else group.no_decay or option in group.options
 
 
-class Guard:
-    """Holds the first updates of an optimizer to a norm: ``w <- w_before + min(1, limit / |update|) (w - w_before)``.
-
-    It is a pair of the optimizer's own step hooks, which go when the window is over. Nothing waits for the device. An update that
-    is not finite is left as it is.
-
-    Args:
-        optimizer: the optimizer.
-        limit: the norm, of the update of the whole model.
-        steps: number of updates from now on.
-        whole: what makes whole sums of those on this process.
-    """
-
-    def __init__(self, optimizer: Optimizer, limit: float, steps: int, whole: Whole) -> None:
-        self._limit = limit
-        self._left = steps
-        self._whole = whole
-        self._before: list[Tensor] = []
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._keep),
-            optimizer.register_step_post_hook(self._hold),
-        ]
-
-    def remove(self) -> None:
-        """Takes the hooks off."""
-        for hook in self._hooks:
-            hook.remove()
-        self._before = []
-
-    def _keep(self, optimizer: Optimizer, _: Any, __: Any) -> None:
-        self._before = [moments.real(tensor.detach()).clone() for tensor in _parameters(optimizer)]
-
-    @torch.no_grad()
-    def _hold(self, optimizer: Optimizer, _: Any, __: Any) -> None:
-        parameters = _parameters(optimizer)
-        weights = [moments.real(tensor.detach()) for tensor in parameters]
-        moved = torch._foreach_norm(torch._foreach_sub(weights, self._before), dtype=torch.float64)
-        norm = self._whole(parameters, torch.stack(moved)[None] ** 2).sum().sqrt()
-        share = self._limit / norm
-        is_held = (share < 1) & norm.isfinite()
-        for weight, before in zip(weights, self._before, strict=True):
-            held = before.lerp(weight, share.to(weight.device, weight.dtype))
-            weight.copy_(torch.where(is_held.to(weight.device), held, weight))
-        self._left -= 1
-        self._before = []
-        if self._left <= 0:
-            self.remove()
-
-
 # Learning rates
 
 
@@ -464,7 +412,7 @@ def _sum(rows: Iterable[Sequence[float]]) -> tuple[float, float, float]:
     return update, along, step
 
 
-def _sums(running: Optimizer, whole: Whole, toward: moments.Family) -> dict[Tensor, list[float]]:
+def _sums(running: Optimizer, whole: moments.Whole, toward: moments.Family) -> dict[Tensor, list[float]]:
     """The whole sums of `moments.updates`, of each parameter."""
     tensors, rows = moments.updates(running, toward)
     return dict(zip(tensors, whole(tensors, rows).T.tolist(), strict=True))
@@ -532,10 +480,12 @@ def _match_decay(
 # Momentum
 
 
-def _carry(running: Optimizer, following: Optimizer, groups: Mapping[Tensor, OptimizerGroup], whole: Whole) -> tuple[int, str]:
+def _carry(
+    running: Optimizer, following: Optimizer, groups: Mapping[Tensor, OptimizerGroup], whole: moments.Whole
+) -> tuple[int, str]:
     """Seeds every parameter or, where a value is not finite, none; bytes that were not copied, and a line."""
     states = [moments.carried(running, groups, following, group) for group in following.param_groups]
-    parameters = _parameters(following)
+    parameters = moments.parameters(following)
     flat = [state for of_group in states for state in of_group]
     if not flat:
         return 0, ""
@@ -561,10 +511,6 @@ def _count_of_faults(parameter: Tensor, state: Mapping[str, Tensor]) -> Tensor:
 
 def _without_momentum(optimizer: Optimizer) -> bool:
     return moments.family(optimizer) == "sgd" and not all(group["momentum"] for group in optimizer.param_groups)
-
-
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [tensor for group in optimizer.param_groups for tensor in group["params"]]
 
 
 def _range(values: Sequence[float]) -> str:

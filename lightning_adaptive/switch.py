@@ -30,7 +30,8 @@ from lightning_adaptive.errors import (
     check_word,
     is_number,
 )
-from lightning_adaptive.handover import Crossed, Guard, Handover
+from lightning_adaptive.guard import Guard
+from lightning_adaptive.handover import Crossed, Handover
 from lightning_adaptive.lr_schedulers import ScheduleLR, SchedulerConfig, SchedulerFactory, build_scheduler, describe_schedule
 from lightning_adaptive.noise import find_monitor
 from lightning_adaptive.param_groups import Group, Inherit, ParamGroups, Partition, extend, members, named_tensors, split
@@ -361,6 +362,8 @@ class OptimizerSwitchCallback(Callback):
             self._switch(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if trainer.global_step >= self._guarded_to:  # not at a batch's end: in manual optimization it may hold several updates
+            self._let_loose()
         if self._watching and self._watching.projecting():
             running = strategies.placement(trainer, self.optimizer_index).optimizer
             if optimizer.param_groups is running.param_groups:  # and not another one of a manual optimization
@@ -375,8 +378,6 @@ class OptimizerSwitchCallback(Callback):
                     "not finite. It counts as a step."
                 )
 
-        if trainer.global_step >= self._guarded_to:
-            self._let_loose()
         if self._watching and trainer.global_step != self._looked:
             self._look(trainer, self._watching)
         self._looked = trainer.global_step
@@ -805,10 +806,9 @@ class OptimizerSwitchCallback(Callback):
         # In global steps, which a step that the scaler skips counts as well: so a resumed run knows where the window ends.
         steps = self.chain[self.phase - 1].handover.guard_steps(_clock(trainer, self.first_step))
         self._guarded_to = self.first_step + steps
-        left = self._guarded_to - trainer.global_step
-        if left > 0:
+        if trainer.global_step < self._guarded_to:
             placement = strategies.placement(trainer, self.optimizer_index)
-            self._guard = Guard(placement.optimizer, self._state.limit, left, placement.whole)
+            self._guard = Guard(placement.optimizer, self._state.limit, placement.whole)
 
     def _let_loose(self) -> None:
         if self._guard is not None:
