@@ -38,7 +38,7 @@ from lightning_adaptive.param_groups import Group, Inherit, ParamGroups, Partiti
 from lightning_adaptive.phases import OptimizerFactory, Phase
 from lightning_adaptive.schedules import Continue, Plateau, Schedule
 from lightning_adaptive.settings import Settings
-from lightning_adaptive.triggers import Memory, Projection, Seen, Trigger
+from lightning_adaptive.triggers import Manual, Memory, OnMetric, OnNoise, Projection, Seen, Swats, Trigger
 
 STATE_VERSION = 1
 """Version of the callback's saved state; CONTRIBUTING.md says what happens when it changes."""
@@ -297,7 +297,7 @@ class OptimizerSwitchCallback(Callback):
             ConfigError: when the next switch has no such trigger.
         """
         chain = self.chain[self.phase :]
-        if not chain or chain[0].when is None or not chain[0].when.manual():
+        if not chain or chain[0].when is None or not chain[0].when.of_kind(Manual):
             raise ConfigError("this switch cannot be asked for. Give it the trigger Manual(), alone or among others.", "when")
         self._asked = True
 
@@ -364,7 +364,7 @@ class OptimizerSwitchCallback(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if trainer.global_step >= self._guarded_to:  # not at a batch's end: in manual optimization it may hold several updates
             self._let_loose()
-        if self._watching and self._watching.projecting():
+        if self._watching and self._watching.of_kind(Swats):
             running = strategies.placement(trainer, self.optimizer_index).optimizer
             if optimizer.param_groups is running.param_groups:  # and not another one of a manual optimization
                 self._lrs = phases.lrs(running)  # at the batch's end the scheduler has been stepped
@@ -383,7 +383,8 @@ class OptimizerSwitchCallback(Callback):
         self._looked = trainer.global_step
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        names = self._watching.monitors() if self._watching else ()
+        watching = self._watching.of_kind(OnMetric) if self._watching else []  # type: ignore[type-abstract] # it is only asked for
+        names = [trigger.monitor for trigger in watching]
         if names and trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._observe(trainer, Seen(trainer.global_step, _clock(trainer), trainers.agreed_metrics(trainer, names)))
 
@@ -507,13 +508,13 @@ class OptimizerSwitchCallback(Callback):
                 )
         except ConfigError as error:
             raise error.within("handover") from None
-        if switch.when is not None and switch.when.projecting():
+        if switch.when is not None and switch.when.of_kind(Swats):
             if moments.family(running) != "adam":
                 raise ConfigError(
                     f"SWATS looks at steps of Adam, AdamW, NAdam or RAdam, and the running optimizer is {class_name(running)}.",
                     "when",
                 )
-            found_per = {trigger.per for trigger in switch.when.projecting()}
+            found_per = {trigger.per for trigger in switch.when.of_kind(Swats)}
             if handover.lr == "match_projection" and handover.per in ("model", "group") and handover.per not in found_per:
                 raise ConfigError(
                     f"the handover takes a learning rate per {handover.per}, and SWATS finds one per "
@@ -619,7 +620,7 @@ class OptimizerSwitchCallback(Callback):
         """Refuses processes that would switch at different steps, or observe at different ones."""
         clock, watching = _clock(trainer), [switch.when for switch in self.chain[self.phase :] if switch.when]
         numbers = [*moments, clock.total_steps, *(trigger.first_step(clock) for trigger in watching)]
-        if any(trigger.monitors() for trigger in watching):
+        if any(trigger.of_kind(OnMetric) for trigger in watching):
             numbers.append(clock.steps_per_epoch)
         if not trainers.is_same_everywhere(trainer, numbers):
             raise ConfigError(
@@ -656,16 +657,16 @@ class OptimizerSwitchCallback(Callback):
 
     def _look(self, trainer: Trainer, trigger: Trigger) -> None:
         """What a trigger sees after a step, in those steps in which it looks."""
-        step, manual = trainer.global_step, trigger.manual()
+        step, manual = trainer.global_step, trigger.of_kind(Manual)
         seen = Seen(step, _clock(trainer))
         if any(step % one.every_n_steps == 0 for one in manual):
             asked, self._asked = trainers.is_asked(trainer, self._asked, [one.file for one in manual]), False
             seen = replace(seen, asked=asked)
         if step >= trigger.first_step(seen.clock):
-            if any(step % one.every_n_steps == 0 for one in trigger.projecting()):
+            if any(step % one.every_n_steps == 0 for one in trigger.of_kind(Swats)):
                 seen = replace(seen, projections=self._projections(trainer))
             monitor = find_monitor(trainer)
-            if monitor is not None and any(step % one.every_n_steps == 0 for one in trigger.noise()):
+            if monitor is not None and any(step % one.every_n_steps == 0 for one in trigger.of_kind(OnNoise)):
                 seen = replace(seen, noise=monitor.values())
         if seen.asked or seen.projections is not None or seen.noise is not None:
             self._observe(trainer, seen)
@@ -719,13 +720,13 @@ class OptimizerSwitchCallback(Callback):
             key = f"{_key(index)}.when"
             if switch.when is None:
                 continue
-            if switch.when.monitors() and not trainer.enable_validation:
+            if switch.when.of_kind(OnMetric) and not trainer.enable_validation:
                 raise ConfigError(
                     f"{switch.when} looks at a metric after each validation, and this training has none: a module with "
                     "validation_step, validation data and limit_val_batches above 0 are needed.",
                     key,
                 )
-            if switch.when.noise() and find_monitor(trainer) is None:
+            if switch.when.of_kind(OnNoise) and find_monitor(trainer) is None:
                 raise ConfigError(
                     "OnNoise reads what GradientNoiseMonitor measures, which is not among the callbacks. Add it: callbacks=noise, "
                     "or GradientNoiseMonitor() in Python.",

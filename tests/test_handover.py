@@ -378,12 +378,11 @@ def test_the_first_of_several_processes_has_whole_sums() -> None:
     whole, halves = two_groups(), two_groups()
     partition = partition_of(whole)
     following = built(SGD, partition, all_of(whole), lr=7.0)
-    cross(Handover(lr="match_norm", per="group", guard=2.0), whole, following, partition, here)
     doubled = built(SGD, partition, all_of(halves), lr=7.0)
     handover = Handover(lr="match_norm", per="group", guard=2.0)
+    alone = cross(handover, whole, following, partition, here)
     crossed = cross(handover, halves, doubled, partition, lambda _, rows: rows * 4)
     assert [group["lr"] for group in doubled.param_groups] == pytest.approx([group["lr"] for group in following.param_groups])
-    alone = cross(handover, whole, following, partition, here)
     assert crossed.limit == pytest.approx(2 * (alone.limit or 0))
 
 
@@ -798,9 +797,18 @@ class RateFree(Optimizer):
     """Without a learning rate, as some that find their own."""
 
 
-def mean(rule: str, whose: str, cls: str, instead: str) -> str:
+def mean(rule: Any, whose: str, cls: str, instead: str) -> str:
     known = "Adam, AdamW, NAdam, RAdam and SGD"
     return f"{rule!r} needs the gradients' mean, which {known} keep, and {whose} is {cls}. Write {instead}."
+
+
+def momentum(whose: str, instead: str) -> str:
+    return f"{whose} is SGD without momentum, which keeps no mean of the gradients. Give it momentum, or write {instead}."
+
+
+def constant(values: str, rule: str, whose: str, instead: str) -> str:
+    fault = f"of a constant gradient, {values} makes nothing that {rule!r} could go by, and {whose} has them."
+    return f"{fault} Both must be below 1; or write {instead}."
 
 
 PAIRS: list[tuple[Handover, Any, Any, str]] = [
@@ -832,28 +840,25 @@ PAIRS: list[tuple[Handover, Any, Any, str]] = [
         Handover(guard=2.0),
         lambda: Adagrad(weights()),
         sgd,
-        "guard: 2.0 needs the gradients' mean, which Adam, AdamW, NAdam, RAdam and SGD keep, and the running optimizer is Adagrad. "
-        "Write null.",
+        "guard: " + mean(2.0, "the running optimizer", "Adagrad", "null"),
     ),
     (
         Handover(lr="match_norm"),
         lambda: sgd(momentum=0.0),
         adam,
-        "lr: the running optimizer is SGD without momentum, which keeps no mean of the gradients. Give it momentum, or write own "
-        "or keep.",
+        "lr: " + momentum("the running optimizer", "own or keep"),
     ),
     (
         Handover(momentum="carry"),
         lambda: sgd(momentum=0.0),
         adam,
-        "momentum: the running optimizer is SGD without momentum, which keeps no mean of the gradients. Give it momentum, or write "
-        "zero.",
+        "momentum: " + momentum("the running optimizer", "zero"),
     ),
     (
         PRESETS["smooth"],
         adam,
         lambda: sgd(momentum=0.0),
-        "momentum: the next one is SGD without momentum, which keeps no mean of the gradients. Give it momentum, or write zero.",
+        "momentum: " + momentum("the next one", "zero"),
     ),
     (
         Handover(guard=2.0),
@@ -884,22 +889,19 @@ PAIRS: list[tuple[Handover, Any, Any, str]] = [
         PRESETS["smooth"],
         adam,
         lambda: sgd(dampening=1.0),
-        "lr: of a constant gradient, momentum 0.9 with dampening 1 makes nothing that 'match_orthogonal' could go by, and the next "
-        "one has them. Both must be below 1; or write own or keep.",
+        "lr: " + constant("momentum 0.9 with dampening 1", "match_orthogonal", "the next one", "own or keep"),
     ),
     (
         Handover(momentum="carry"),
         lambda: sgd(momentum=1.0),
         adam,
-        "momentum: of a constant gradient, momentum 1 with dampening 0 makes nothing that 'carry' could go by, and the running "
-        "optimizer has them. Both must be below 1; or write zero.",
+        "momentum: " + constant("momentum 1 with dampening 0", "carry", "the running optimizer", "zero"),
     ),
     (
         Handover(weight_decay="match"),
         lambda: AdamW(weights()),
         lambda: sgd(dampening=2.0),
-        "weight_decay: of a constant gradient, momentum 0.9 with dampening 2 makes nothing that 'match' could go by, and the next "
-        "one has them. Both must be below 1; or write own.",
+        "weight_decay: " + constant("momentum 0.9 with dampening 2", "match", "the next one", "own"),
     ),
 ]
 
@@ -912,29 +914,19 @@ def test_a_pair_without_a_meaning_is_refused(handover: Handover, running: Any, f
 
 
 @pytest.mark.parametrize(
-    ("handover", "options", "message"),
-    [
-        (
-            Handover(lr="keep"),
-            {"lr": 0.5},
-            "lr: the group {} takes parameters of running groups with different learning rates. Keep the groups "
-            "(param_groups: inherit), or write own.",
-        ),
-        (
-            Handover(weight_decay="match"),
-            {"weight_decay": 0.0},
-            "weight_decay: the group {} takes parameters of running groups with different weight decays. Keep the groups "
-            "(param_groups: inherit), or write own.",
-        ),
-    ],
+    ("handover", "key", "values"),
+    [(Handover(lr="keep"), "lr", "learning rates"), (Handover(weight_decay="match"), "weight_decay", "weight decays")],
 )
-def test_groups_that_merge_have_no_single_value(handover: Handover, options: dict[str, Any], message: str) -> None:
+def test_groups_that_merge_have_no_single_value(handover: Handover, key: str, values: str) -> None:
     tensors = weights()
-    running = AdamW([{"params": tensors[:2]}, {"params": tensors[2:], **options}], lr=0.1, weight_decay=0.1)
+    running = AdamW([{"params": tensors[:2]}, {"params": tensors[2:], key: 0.5}], lr=0.1, weight_decay=0.1)
     for name in (None, "all"):
         with pytest.raises(ConfigError) as caught:
             handover.check(running, SGD(tensors, lr=0.1), (Group(tuple(NAMES), name),))
-        assert str(caught.value) == message.format(name or 0)
+        assert str(caught.value) == (
+            f"{key}: the group {name or 0} takes parameters of running groups with different {values}. Keep the groups "
+            "(param_groups: inherit), or write own."
+        )
     handover.check(running, built(SGD, partition_of(running), tensors, lr=0.1), partition_of(running))
 
 

@@ -26,7 +26,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
-from torch.optim import LBFGS, SGD, Adam, AdamW, RMSprop
+from torch.optim import LBFGS, SGD, Adam, AdamW
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -914,27 +914,6 @@ MISTAKES: dict[str, tuple[dict[str, Any], Callable[[], LightningModule], str]] =
         partial(attach, ValidatedNet(), optimizer=LBFGS),
         f"handover.lr: 'match_orthogonal' {KNOWN} the running optimizer is LBFGS. Write own or keep.",
     ),
-    "momentum to another class": (
-        {"handover": Handover(momentum="carry"), "optimizer": RMSprop},
-        ShardableNet,
-        f"handover.momentum: 'carry' {KNOWN} the next one is RMSprop. Write zero.",
-    ),
-    "guard after another class": (
-        {"handover": Handover(guard=2.0)},
-        partial(attach, ValidatedNet(), optimizer=RMSprop),
-        f"handover.guard: 2.0 {KNOWN} the running optimizer is RMSprop. Write null.",
-    ),
-    "momentum to SGD without": (
-        {"handover": Handover(momentum="carry"), "optimizer": partial(SGD, lr=0.1)},
-        ShardableNet,
-        "handover.momentum: the next one is SGD without momentum, which keeps no mean of the gradients. Give it momentum, or write "
-        "zero.",
-    ),
-    "decay of another class": (
-        {"handover": Handover(weight_decay="match"), "optimizer": RMSprop},
-        ShardableNet,
-        "handover.weight_decay: how RMSprop shrinks weights is not known, only of Adam, AdamW, NAdam, RAdam and SGD. Write own.",
-    ),
     "an unknown length": (
         {"handover": Handover(guard=1.0, guard_for="5%"), "at": "10st"},
         ShardableNet,
@@ -1080,23 +1059,6 @@ def test_patience_counts_validations_and_not_epochs() -> None:
     patient = OnPlateau(monitor="val/loss", patience=1)
     ended = run(Case(partial(switch, "keep", "23st", when=patient), "", ScriptedNet, {"check_val_every_n_epoch": 2}))
     assert ended.classes.index("SGD") == 23
-
-
-@pytest.mark.filterwarnings(
-    "ignore:You passed in a `val_dataloader` but have no", "ignore:You defined a `validation_step` but have no"
-)
-@pytest.mark.parametrize("missing", ["data", "step"])
-def test_a_metric_that_no_validation_gives_is_refused_beside_swats(missing: str) -> None:
-    trigger = AnyOf(of={"stands": OnPlateau(monitor="val/loss", patience=1), "settled": SWATS})
-    runner = trainer(max_epochs=6, callbacks=[switch("smooth", None, when=trigger)])
-    arguments = (GroupedNet(), loader()) if missing == "data" else (ShardableNet(), loader(), loader())
-    with counted_steps() as counts, pytest.raises(ConfigError) as caught:
-        runner.fit(*arguments)
-    assert str(caught.value) == (
-        f"switch.when: {trigger} looks at a metric after each validation, and this training has none: a module with "
-        "validation_step, validation data and limit_val_batches above 0 are needed."
-    )
-    assert counts == {}
 
 
 # Manual optimization
