@@ -19,6 +19,8 @@ PACKAGE = ROOT / "lightning_adaptive"
 # What each file may import of the package; top to bottom. Any other arrow is a fault of design.
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
+    "tables": set(),
+    "pictures": set(),
     "durations": {"errors"},
     "schedules": {"durations", "errors"},
     "curves": {"durations", "errors", "schedules"},
@@ -44,8 +46,8 @@ ARROWS: dict[str, set[str]] = {
         "schedules", "settings", "strategies", "trainers", "triggers",
     },
     "series": {"lr_schedulers", "phases"},
-    "plan": {"combined", "lr_schedulers", "phases", "series", "strategies", "switch", "trainers"},
-    "report": {"checkpoints", "combined", "errors", "lr_schedulers", "noise", "phases", "strategies", "switch"},
+    "plan": {"combined", "lr_schedulers", "phases", "pictures", "series", "strategies", "switch", "tables", "trainers"},
+    "report": {"checkpoints", "combined", "errors", "lr_schedulers", "noise", "phases", "pictures", "strategies", "switch"},
     "trust": {"errors"},
     "config": {
         "combined", "durations", "errors", "handover", "lr_schedulers", "param_groups", "phases", "schedules", "switch", "triggers",
@@ -58,18 +60,18 @@ ARROWS: dict[str, set[str]] = {
     "app.arguments": {"app.resume", "errors", "trust"},
     "app.checks": {"durations", "errors", "trust"},
     "app.complete": {"app.list"},
-    "app.list": {"errors"},
+    "app.list": {"errors", "tables"},
     "app.recipe": set(),
     "app.sweep": {"app.interrupt", "errors"},
     "app.job": {"app.interrupt", "app.sweep", "errors"},
     "app.resume": {"checkpoints", "errors"},
     "app.stop": {"app.interrupt", "strategies"},
     "app.progress": {"combined", "phases", "strategies", "switch"},
-    "app.show": {"plan", "report"},
+    "app.show": {"plan", "tables"},
     "app.assemble": {"config", "errors", "hooks"},
     "app.train": {
         "app.assemble", "app.checks", "app.job", "app.interrupt", "app.progress", "app.recipe", "app.resume", "app.show",
-        "app.stop", "app.sweep", "checkpoints", "errors", "strategies", "report",
+        "app.stop", "app.sweep", "checkpoints", "errors", "strategies", "report", "tables",
     },
     "app.preview": {"app.assemble", "app.checks", "app.interrupt", "app.job", "app.recipe", "app.show", "errors", "plan"},
     "app.cli": {"app.arguments", "app.complete", "app.messages", "errors"},
@@ -79,6 +81,8 @@ ARROWS: dict[str, set[str]] = {
 # Which third-party packages a file may import; files that are not named may import any.
 FOREIGN: dict[str, set[str]] = {
     "errors": set(),
+    "tables": set(),
+    "pictures": {"matplotlib"},
     "durations": set(),
     "schedules": set(),
     "curves": set(),
@@ -102,8 +106,8 @@ FOREIGN: dict[str, set[str]] = {
     "settings": {"torch"},
     "switch": {"torch", "lightning"},
     "series": {"torch"},
-    "plan": {"torch", "lightning", "matplotlib"},
-    "report": {"torch", "lightning", "matplotlib"},
+    "plan": {"torch", "lightning"},
+    "report": {"torch", "lightning"},
     "hooks": {"torch", "lightning"},
 }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hydra_plugins.lightning_adaptive import data_folder, recipe_folders
 from lightning_adaptive.errors import ConfigError, did_you_mean
+from lightning_adaptive.tables import columns
 
 KINDS = {
     "optimizers": "optimizer",
@@ -55,14 +56,17 @@ def main(given: Sequence[str]) -> None:
         return
     words, folders = _parsed(given)
     if not words:
-        _show([(kind, f"{len(choices(kind, folders))} to choose with {KINDS[kind]}=NAME", "") for kind in KINDS])
-        return
+        rows = [(kind, f"{len(choices(kind, folders))} to choose with {KINDS[kind]}=NAME") for kind in KINDS]
+        print(*columns(rows), sep="\n")
     for word in words:
         kind = next((kind for kind, group in KINDS.items() if word in (kind, group)), None)
         if kind is None:
             raise ConfigError(f"there are no {word!r}.{did_you_mean(word, KINDS)} Kinds: {', '.join(KINDS)}.")
-        found = choices(kind, folders)
-        _show([(one.name, one.what, one.provider + (f", hidden by {one.hidden_by}" * bool(one.hidden_by))) for one in found])
+        found = [
+            (one.name, one.what, one.provider + f", hidden by {one.hidden_by}" * bool(one.hidden_by))
+            for one in choices(kind, folders)
+        ]
+        print(*columns(found), sep="\n")
 
 
 def choices(kind: str, folders: Sequence[Path] = ()) -> list[Choice]:
@@ -120,9 +124,3 @@ def _parsed(given: Sequence[str]) -> tuple[list[str], list[Path]]:
         else:
             words.append(word)
     return words, folders
-
-
-def _show(rows: Sequence[tuple[str, str, str]]) -> None:
-    widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
-    for name, what, provider in rows:
-        print(f"{name:<{widths[0]}}  {what:<{widths[1]}}  {provider}".rstrip())
