@@ -32,7 +32,7 @@ from lightning_adaptive.combined import CombinedOptimizer, given
 from lightning_adaptive.durations import Duration, is_duration
 from lightning_adaptive.errors import ConfigError, ConfigTypeError, did_you_mean
 from lightning_adaptive.handover import Handover
-from lightning_adaptive.lr_schedulers import SchedulerConfig, SchedulerFactory
+from lightning_adaptive.lr_schedulers import SchedulerLike
 from lightning_adaptive.param_groups import Inherit, ParamGroups
 from lightning_adaptive.phases import OptimizerFactory, check_options
 from lightning_adaptive.schedules import Schedule
@@ -50,7 +50,7 @@ def optimizer_factory(value: Node | OptimizerFactory, key: str = "optimizer") ->
     return _factory(value, (Optimizer,), key)
 
 
-def scheduler(value: Any, key: str = "scheduler") -> Schedule | SchedulerFactory | SchedulerConfig | None:
+def scheduler(value: Any, key: str = "scheduler") -> SchedulerLike | None:
     """A `Schedule`, a factory of a torch scheduler, or Lightning's dictionary around one, from a node; or the value itself."""
     if isinstance(value, DictConfig) and _is(OmegaConf.get_type(value), Schedule):
         return cast(Schedule, OmegaConf.to_object(value))  # Hydra's instantiate took it apart, a dataclass in a mapping

@@ -33,7 +33,7 @@ from lightning_adaptive import (
     attach,
     config,
 )
-from lightning_adaptive.combined import class_name
+from lightning_adaptive.combined import class_name, part_of_each_group
 from tests.cli import SHORT, Run
 from tests.cpu_strategies import STRATEGIES, ShardableNet, whole_weights
 from tests.pair import Pair
@@ -187,7 +187,7 @@ def test_a_group_is_added_to_the_optimizer_of_its_name() -> None:
     with pytest.raises(TypeError, match="can only optimize Tensors"):
         optimizer.add_param_group({"params": ["no tensor"], "name": "hidden"})
     assert [group["lr"] for group in optimizer.param_groups] == [3e-3, 0.02, 3e-3, 0.5, 3e-3]
-    assert [type(part).__name__ for part in optimizer.part_of_each_group()] == ["AdamW", "Muon", "AdamW", "Muon", "AdamW"]
+    assert [type(part).__name__ for part in part_of_each_group(optimizer)] == ["AdamW", "Muon", "AdamW", "Muon", "AdamW"]
     for tensor in other.parameters():
         tensor.grad = torch.ones_like(tensor)
     optimizer.step()

@@ -53,7 +53,7 @@ ARROWS: dict[str, set[str]] = {
         "combined", "durations", "errors", "handover", "lr_schedulers", "param_groups", "phases", "schedules", "switch", "triggers",
         "trust",
     },
-    "hooks": {"config", "phases", "strategies", "errors", "lr_schedulers", "param_groups", "schedules", "trainers"},
+    "hooks": {"config", "phases", "strategies", "errors", "lr_schedulers", "param_groups", "trainers"},
     "tasks.digits": set(),
     "app.interrupt": set(),
     "app.messages": {"errors"},
