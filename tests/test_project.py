@@ -61,7 +61,7 @@ ARROWS: dict[str, set[str]] = {
     "app.arguments": {"app.resume", "errors", "trust"},
     "app.checks": {"durations", "errors", "trust"},
     "app.complete": {"app.list"},
-    "app.list": {"errors", "tables"},
+    "app.list": {"app.arguments", "errors", "tables"},
     "app.recipe": set(),
     "app.sweep": {"app.interrupt", "errors"},
     "app.job": {"app.interrupt", "app.sweep", "errors"},

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydra_plugins.lightning_adaptive import data_folder, recipe_folders
+from lightning_adaptive.app.arguments import ANY, parted
 from lightning_adaptive.errors import ConfigError, did_you_mean
 from lightning_adaptive.tables import columns
 
@@ -51,10 +52,15 @@ def main(given: Sequence[str]) -> None:
     Raises:
         ConfigError: for a kind that there is not.
     """
-    if "-h" in given or "--help" in given:
-        print(f"usage: lightning-adaptive list [{'|'.join(KINDS)}] [-cd FOLDER]")
-        return
-    words, folders = _parsed(given)
+    flags, words = parted(given, {"-cd": ANY, "--config-dir": ANY, "-h": (), "--help": ()})
+    folders: list[Path] = []
+    for name, value in flags:
+        if value is None:
+            print(f"usage: lightning-adaptive list [{'|'.join(KINDS)}] [-cd FOLDER]")
+            return
+        folders.append(Path(value))
+        if not folders[-1].is_dir():
+            raise ConfigError(f"{name} {value}: there is no such folder.")
     if not words:
         rows = [(kind, f"{len(choices(kind, folders))} to choose with {KINDS[kind]}=NAME") for kind in KINDS]
         print(*columns(rows), sep="\n")
@@ -104,23 +110,3 @@ def _first_line(path: Path) -> str:
     with path.open(encoding="utf-8") as file:
         lines = [line.lstrip("# ").rstrip() for line in file if line.startswith("#") and "@package" not in line]
     return lines[0] if lines else ""
-
-
-def _parsed(given: Sequence[str]) -> tuple[list[str], list[Path]]:
-    words: list[str] = []
-    folders: list[Path] = []
-    rest = list(given)
-    while rest:
-        word = rest.pop(0)
-        name, equals, value = word.partition("=")
-        if name in ("-cd", "--config-dir"):
-            if not equals and not rest:
-                raise ConfigError(f"{name} needs a value.")
-            folders.append(Path(value if equals else rest.pop(0)))
-            if not folders[-1].is_dir():
-                raise ConfigError(f"{name} {folders[-1]}: there is no such folder.")
-        elif word.startswith("-"):
-            raise ConfigError(f"{word}: there is no such flag. Flags: -cd, --help.")
-        else:
-            words.append(word)
-    return words, folders
