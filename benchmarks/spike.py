@@ -36,7 +36,7 @@ from lightning_adaptive.guard import Guard
 from lightning_adaptive.handover import PRESETS, Handover, cross
 from lightning_adaptive.lr_schedulers import ScheduleLR
 from lightning_adaptive.param_groups import Group, split
-from lightning_adaptive.report import markdown
+from lightning_adaptive.tables import markdown
 from lightning_adaptive.triggers import Memory, Projection, Seen, Swats
 
 SEEDS = range(10)

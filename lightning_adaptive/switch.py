@@ -31,7 +31,7 @@ from lightning_adaptive.phases import OptimizerFactory, Phase, format_bytes
 from lightning_adaptive.schedules import Continue, Schedule
 from lightning_adaptive.settings import Settings
 from lightning_adaptive.switch_state import SwitchState, check_first_phase, check_later_phase, check_shapes
-from lightning_adaptive.triggers import Manual, OnMetric, OnNoise, Projection, Seen, Swats, Trigger
+from lightning_adaptive.triggers import Manual, OnNoise, Projection, Seen, Swats, Trigger
 
 
 class OptimizerSwitchCallback(Callback):
@@ -263,8 +263,7 @@ class OptimizerSwitchCallback(Callback):
         self._looked = trainer.global_step
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        watching = self._watching.of_kind(OnMetric) if self._watching else []  # type: ignore[type-abstract] # it is only asked for
-        names = [trigger.monitor for trigger in watching]
+        names = self._watching.monitors() if self._watching else []
         if names and trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._observe(trainer, Seen(trainer.global_step, _clock(trainer), trainers.agreed_metrics(trainer, names)))
 
@@ -379,7 +378,7 @@ class OptimizerSwitchCallback(Callback):
         """Refuses processes that would switch at different steps, or observe at different ones."""
         clock, watching = _clock(trainer), [switch.when for switch in self.chain[self.phase :] if switch.when]
         numbers = [*self._moments, clock.total_steps, *(trigger.first_step(clock) for trigger in watching)]
-        if any(trigger.of_kind(OnMetric) for trigger in watching):
+        if any(trigger.monitors() for trigger in watching):
             numbers.append(clock.steps_per_epoch)
         if not trainers.is_same_everywhere(trainer, numbers):
             raise ConfigError(
@@ -395,7 +394,7 @@ class OptimizerSwitchCallback(Callback):
             if switch.when is None:
                 continue
             key = f"{switch.key}.when"
-            if switch.when.of_kind(OnMetric) and not trainer.enable_validation:
+            if switch.when.monitors() and not trainer.enable_validation:
                 raise ConfigError(
                     f"{switch.when} looks at a metric after each validation, and this training has none: a module with "
                     "validation_step, validation data and limit_val_batches above 0 are needed.",

@@ -108,6 +108,10 @@ class Trigger(ABC):
         """What is of a kind of trigger, of itself and its members."""
         return [node.trigger for node in self.walk({}) if isinstance(node.trigger, kind)]
 
+    def monitors(self) -> list[str]:
+        """Names of the metrics that are looked at, after each validation."""
+        return [trigger.monitor for trigger in self.of_kind(OnMetric)]  # type: ignore[type-abstract] # it is only asked for
+
     def estimate(self, memory: Memory) -> dict[str, float]:
         """Learning rates for SGD, of the first that has found some, by name of the running group; by none for the whole model."""
         found = (node.trigger._estimate(node.memory) for node in self.walk(memory))
