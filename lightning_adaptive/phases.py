@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from lightning_adaptive import param_groups
 from lightning_adaptive.combined import OptimizerFactory, class_name, part_of_each_group, parts
 from lightning_adaptive.durations import Clock
-from lightning_adaptive.errors import ConfigError, ConfigTypeError
+from lightning_adaptive.errors import ConfigError, ConfigTypeError, within
 from lightning_adaptive.lr_schedulers import SchedulerConfig, SchedulerFactory, build_scheduler
 from lightning_adaptive.param_groups import OptimizerGroup, Partition
 from lightning_adaptive.schedules import Schedule
@@ -125,19 +125,8 @@ def build_optimizer(
     lists = [[tensors[name] for name in group.parameters] for group in partition]
     if not any(lists):
         raise ConfigError("there is nothing to train: no parameter requires a gradient.", "optimizer")
-    notes: tuple[str, ...] = ()
-    grouped = True
     try:
-        if len(lists) == 1 and partition[0].name is None:
-            optimizer = factory(lists[0])
-        else:
-            names = [{} if group.name is None else {"name": group.name} for group in partition]
-            try:
-                optimizer = factory([{"params": parameters, **name} for parameters, name in zip(lists, names, strict=True)])
-            except ValueError as error:
-                optimizer = _without_groups(factory, lists, error)
-                grouped = False
-                notes = (f"{type(optimizer).__name__} has no parameter groups: {len(lists)} groups became one",)
+        optimizer, has_groups = _made(factory, partition, lists)
     except ConfigError as error:
         raise error.within("optimizer") from error.__cause__
     except (TypeError, ValueError) as error:
@@ -148,12 +137,26 @@ def build_optimizer(
         if any(group["lr"] is None for group in part.param_groups if "lr" in group):
             name = ".".join(filter(None, ("optimizer", key, "lr")))
             raise ConfigError(f"{type(part).__name__} has no learning rate (lr is None). Give it one.", name)
-    if grouped:
-        _impose(optimizer, partition)
-    else:
-        _refuse_unequal(optimizer, partition)
     _PARTITIONS[optimizer] = partition
-    return optimizer, notes
+    if has_groups:
+        _impose(optimizer, partition)
+        return optimizer, ()
+    _refuse_unequal(optimizer, partition)
+    return optimizer, (f"{type(optimizer).__name__} has no parameter groups: {len(lists)} groups became one",)
+
+
+def _made(factory: OptimizerFactory, partition: Partition, lists: Sequence[list[Tensor]]) -> tuple[Optimizer, bool]:
+    """What a factory makes of the groups, and whether it has them: a class that takes none gets one flat one."""
+    if len(lists) == 1 and partition[0].name is None:
+        return factory(lists[0]), True
+    names = [{} if group.name is None else {"name": group.name} for group in partition]
+    try:
+        return factory([{"params": parameters, **name} for parameters, name in zip(lists, names, strict=True)]), True
+    except ValueError as error:
+        try:
+            return factory([tensor for parameters in lists for tensor in parameters]), False
+        except ValueError:
+            raise error from None  # the groups were not its trouble
 
 
 _PARTITIONS: WeakKeyDictionary[Optimizer, Partition] = WeakKeyDictionary()
@@ -186,10 +189,8 @@ def _impose(optimizer: Optimizer, partition: Partition) -> None:
     for part, group, recorded in zip(steppers, optimizer.param_groups, partition, strict=True):
         if recorded.has_own_lr and "lr" not in group:
             raise ConfigError(f"{type(part).__name__} has no learning rate, so groups cannot have their own.", "param_groups")
-    try:
+    with within("param_groups"):
         param_groups.impose(optimizer.param_groups, partition)
-    except ConfigError as error:
-        raise error.within("param_groups") from None
     for part, group, recorded in zip(steppers, optimizer.param_groups, partition, strict=True):
         if recorded.options:
             known = inspect.signature(type(part)).parameters
@@ -216,14 +217,6 @@ def check_options(cls: type[Optimizer], options: Mapping[str, Any], key: str) ->
         cls([torch.nn.Parameter(torch.zeros(1, 1))], **options)
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"{cls.__name__} cannot be built: {str(error).rstrip('.')}.", key) from error
-
-
-def _without_groups(factory: OptimizerFactory, lists: Sequence[list[Tensor]], error: ValueError) -> Optimizer:
-    """One flat group for a class that takes no groups; if it refuses that too, the groups were not its trouble."""
-    try:
-        return factory([tensor for parameters in lists for tensor in parameters])
-    except ValueError:
-        raise error from None
 
 
 def _refuse_unequal(optimizer: Optimizer, partition: Partition) -> None:
