@@ -92,6 +92,8 @@ class RandomNet(ShardableNet):
     def on_train_start(self) -> None:
         if "draws at the start" in self.does:
             torch.rand(3), random.random(), np.random.rand()
+        if "draws by rank" in self.does:
+            torch.rand(self.global_rank), random.sample(range(9), self.global_rank), np.random.rand(self.global_rank)
 
     def on_train_epoch_start(self) -> None:
         if "draws in each epoch" in self.does:

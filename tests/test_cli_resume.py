@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -137,8 +139,17 @@ def test_where_no_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert command(["train", "resume=outputs/run"], tmp_path).returncode == 3
 
 
+def is_free(folder: Path) -> bool:
+    """Whether another process could take the folder."""
+    code = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    ended = subprocess.run([sys.executable, "-c", code, folder / ".lock"], stderr=subprocess.DEVNULL, timeout=30, check=False)
+    return ended.returncode == 0
+
+
 def test_a_lock_is_taken_once_by_a_process(tmp_path: Path) -> None:
     lock(tmp_path)
     lock(tmp_path)
+    assert not is_free(tmp_path)
     unlock(tmp_path)
+    assert is_free(tmp_path)
     unlock(tmp_path)

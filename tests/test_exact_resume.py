@@ -63,7 +63,8 @@ def test_plain_lightning_does_not_lead_back(tmp_path: Path) -> None:
 
 
 PAIRED = {
-    "ddp": Case(strategy="ddp", validated=True, switched=True),
+    # By rank, or the random states of both would be the same.
+    "ddp": Case(strategy="ddp", validated=True, switched=True, module=("draws by rank",)),
     "fsdp2": Case(strategy="fsdp2 sharded", validated=True, switched=True),
 }
 PAIRED_SLOW = {

@@ -198,7 +198,9 @@ def test_a_zero_decay_of_a_phase_that_does_not_decay_holds_in_the_next() -> None
 
 @pytest.mark.parametrize("optimizer", [partial(Rprop, lr=0.1), partial(LBFGS, lr=0.1)])
 def test_no_decay_goes_with_an_optimizer_that_does_not_decay(optimizer: Any) -> None:
-    fit(attach(Net(), optimizer=optimizer, param_groups=ParamGroups(no_decay=FREE)))
+    runner, _ = fit(attach(Net(), optimizer=optimizer, param_groups=ParamGroups(no_decay=FREE)))
+    assert runner.global_step == 16
+    assert not any("weight_decay" in group for group in runner.optimizers[0].param_groups)
 
 
 @pytest.mark.parametrize(

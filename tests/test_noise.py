@@ -735,7 +735,7 @@ def test_what_is_logged_and_when(tmp_path: Path) -> None:
     assert curves["noise/batch"][1] == [16] * 4
 
 
-def test_a_logger_that_fails_ends_nothing() -> None:
+def test_a_logger_that_fails_ends_nothing(tmp_path: Path) -> None:
     class Broken(CSVLogger):
         def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
             if "noise/scale" in metrics:
@@ -743,7 +743,7 @@ def test_a_logger_that_fails_ends_nothing() -> None:
 
     monitor = GradientNoiseMonitor()
     with pytest.warns(UserWarning, match=r"^Broken could not log noise/scale, .*: OSError\('no space'\)\. Training goes on\.$"):
-        trainer(max_epochs=1, accumulate_grad_batches=2, callbacks=[monitor], logger=Broken("")).fit(Net(), loader())
+        trainer(max_epochs=1, accumulate_grad_batches=2, callbacks=[monitor], logger=Broken(tmp_path)).fit(Net(), loader())
     assert float(monitor.metric.updates[0]) == 4
 
 
