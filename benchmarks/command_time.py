@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
-import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
-from paired import Ratio, compare
+from paired import Ratio, compare, seconds
 
 BARE = """
 import hydra
@@ -27,10 +27,8 @@ OURS = [sys.executable, "-m", "lightning_adaptive"]
 LINE = "train optimizer=a"
 
 
-def seconds(command: list[str], folder: str, taken: list[float], **environment: str) -> float:
-    begin = time.perf_counter()
-    subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **environment})
-    taken.append(time.perf_counter() - begin)
+def run(command: list[str], line: str, folder: str, taken: list[float]) -> float:
+    taken.append(seconds(command, cwd=folder, env={**os.environ, "COMP_LINE": line}))
     return taken[-1]
 
 
@@ -49,10 +47,10 @@ def measure(pairs: int) -> list[Ratio]:
             taken: list[float] = []
             ratio = compare(
                 name,
-                lambda ours=ours, taken=taken: seconds(ours, folder, taken, COMP_LINE=f"lightning-adaptive {LINE}"),
-                lambda theirs=theirs: seconds(theirs, folder, [], COMP_LINE="python app.py optimizer=a"),
+                partial(run, ours, f"lightning-adaptive {LINE}", folder, taken),
+                partial(run, theirs, "python app.py optimizer=a", folder, []),
                 pairs,
             )
             own = f"{name}, {median(taken[1:]):.2f} s, over that of an application of Hydra's with one key"
-            ratios.append(Ratio(own, ratio.goal, ratio.median, ratio.low, ratio.high, ratio.pairs))
+            ratios.append(replace(ratio, name=own))
     return ratios

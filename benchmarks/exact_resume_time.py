@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 import time
-import warnings
 from pathlib import Path
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from paired import Ratio, compare
-from step_time import BATCH, STEPS, WIDTH, ByHand, Timer
+from step_time import BATCH, STEPS, WIDTH, ByHand, fit, quiet_on_one_thread
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_adaptive import ExactResume
 
@@ -41,39 +37,20 @@ class Wide(ByHand):
         self.net = nn.Sequential(nn.Linear(WIDTH, 2048), nn.ReLU(), nn.Linear(2048, 512), nn.ReLU(), nn.Linear(512, 10))
 
 
-def _fit(model: LightningModule, steps: int, *callbacks: Callback) -> None:
-    torch.manual_seed(0)
-    data = TensorDataset(torch.randn(steps * BATCH, WIDTH), torch.randint(0, 10, (steps * BATCH,)))
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        callbacks=list(callbacks),
-        logger=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(model, DataLoader(data, batch_size=BATCH, shuffle=True))
-
-
-def _of_steps(model: LightningModule, steps: int, exact: bool) -> float:
-    timer = Timer()
-    _fit(model, steps, timer, *([ExactResume()] if exact else []))
-    return timer.seconds
+def _of_steps(model: LightningModule, steps: int, exact: bool, *callbacks: Callback) -> float:
+    return fit(model, steps, (BATCH, WIDTH), *callbacks, *([ExactResume()] if exact else []), shuffle=True)
 
 
 def _of_checkpoints(exact: bool) -> float:
     with tempfile.TemporaryDirectory() as folder:
         save = Save(Path(folder))
-        _fit(ByHand(), 100, save, *([ExactResume()] if exact else []))
+        _of_steps(ByHand(), 100, exact, save)
         return save.seconds
 
 
 def measure(pairs: int) -> list[Ratio]:
     """Ratios of the times of steps, of a wide net and of one of width 64, and of checkpoints of the latter; on one thread."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    quiet_on_one_thread()
     return [
         compare(
             "100 steps of about 10 ms: with ExactResume, over without",

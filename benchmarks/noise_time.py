@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from paired import Ratio, compare
-from step_time import Timer
+from step_time import fit, quiet_on_one_thread
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_adaptive import GradientNoiseMonitor
 
@@ -36,28 +33,12 @@ class Transformer(LightningModule):
 
 
 def seconds(monitored: bool) -> float:
-    torch.manual_seed(0)
-    count = 2 * STEPS * BATCH
-    data = TensorDataset(torch.randn(count, TOKENS, WIDTH), torch.randint(0, 10, (count,)))
-    timer = Timer()
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        accumulate_grad_batches=2,
-        callbacks=[timer, *([GradientNoiseMonitor()] if monitored else [])],
-        logger=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(Transformer(), DataLoader(data, batch_size=BATCH))
-    return timer.seconds
+    monitors = [GradientNoiseMonitor()] if monitored else []
+    return fit(Transformer(), 2 * STEPS, (BATCH, TOKENS, WIDTH), *monitors, accumulate_grad_batches=2)
 
 
 def measure(pairs: int) -> list[Ratio]:
     """The ratio of the times of 4 steps of an encoder of 10.6 million parameters, every step measured; on one thread."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    quiet_on_one_thread()
     name = f"{STEPS} steps of two micro-batches, 10.6 million parameters: noise measured in each, over not measured"
     return [compare(name, lambda: seconds(True), lambda: seconds(False), pairs, goal=1.05)]

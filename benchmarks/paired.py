@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import subprocess
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.stats import bootstrap
@@ -35,6 +38,13 @@ class Ratio:
 
 
 HEADER = "| A over B | ratio | 95 % interval | pairs | goal | met |\n|---|---|---|---|---|---|"
+
+
+def seconds(command: Sequence[str], **options: Any) -> float:
+    """The time of a whole process; what it prints is thrown away."""
+    begin = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, **options)
+    return time.perf_counter() - begin
 
 
 def compare(name: str, ours: Callable[[], float], theirs: Callable[[], float], pairs: int, goal: float | None = None) -> Ratio:

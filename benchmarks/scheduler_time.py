@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import time
-import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from paired import Ratio, compare
+from step_time import quiet_on_one_thread, warmup_cosine
 from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, SequentialLR
@@ -23,12 +23,7 @@ GROUPS = {1: 10_000, 50: 2_000, 1000: 200}
 
 
 def by_hand(optimizer: Optimizer) -> Any:
-    def factor(step: int) -> float:
-        if step < WARMUP:
-            return (step + 1) / WARMUP
-        return (1 + math.cos(math.pi * (step - WARMUP) / (TOTAL - WARMUP))) / 2
-
-    return LambdaLR(optimizer, factor)
+    return LambdaLR(optimizer, warmup_cosine(WARMUP, TOTAL))
 
 
 def in_sequence(optimizer: Optimizer) -> Any:
@@ -65,18 +60,11 @@ def seconds(make: Callable[[Optimizer], Any], groups: int, steps: int) -> float:
 
 def measure(pairs: int) -> list[Ratio]:
     """The ratios of the times of as many steps as `GROUPS` says, from the first on."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
+    quiet_on_one_thread()
     found = []
     for groups, steps in GROUPS.items():
         for name, (reference, goal) in REFERENCES.items():
-
-            def own(groups: int = groups, steps: int = steps) -> float:
-                return seconds(ours, groups, steps)
-
-            def other(make: Any = reference, groups: int = groups, steps: int = steps) -> float:
-                return seconds(make, groups, steps)
-
             title = f"a step of the schedule with {groups} group{'s' * (groups > 1)}: ours over {name}"
+            own, other = (partial(seconds, make, groups, steps) for make in (ours, reference))
             found.append(compare(title, own, other, pairs, goal))
     return found

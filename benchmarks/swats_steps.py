@@ -60,10 +60,9 @@ def main() -> None:
         for schedule, factor in schedules.items():
             runs = [fired(make(seed), factor) for seed in SEEDS]
             for name in TRIGGERS:
-                steps, lrs = (
-                    zip(*(run[name] for run in runs if name in run), strict=True) if any(name in run for run in runs) else ((), ())
-                )
-                row = (task, schedule, name, f"{len(steps)} of {len(runs)}", spread(list(steps)), spread(list(lrs)))
+                fires = [run[name] for run in runs if name in run]
+                spreads = (spread([fire[of] for fire in fires]) for of in (0, 1))
+                row = (task, schedule, name, f"{len(fires)} of {len(runs)}", *spreads)
                 print(f"| {' | '.join(row)} |", flush=True)
 
 

@@ -27,19 +27,14 @@ if __name__ == "__main__":
 """
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
 @pytest.mark.parametrize(
     "strategy",
     ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp_spawn", "ddp_fork", "ddp_notebook"))],
 )
 def test_a_script_switches_on_both_ranks(strategy: str, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT.format(strategy=strategy), encoding="utf-8")
-    ended = subprocess.run(
-        [sys.executable, "script.py"], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120, check=False
-    )
+    environment, line = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, [sys.executable, "script.py"]
+    ended = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 0, ended.stderr
     one, other = seen(tmp_path)
     assert one["weights"] == other["weights"]
@@ -49,13 +44,10 @@ def test_a_script_switches_on_both_ranks(strategy: str, tmp_path: Path) -> None:
     assert ended.stderr.count("SWITCH at step 8 (epoch 2): Adam") == 1  # one rank speaks
 
 
-RECIPE = ["train", "recipe=digits_adam_to_sgd", "trainer=ddp_cpu", "trainer.devices=2", "switch.at=3ep", "trainer.max_epochs=6"]
-
-
 def test_the_command_line_switches_on_both_ranks(tmp_path: Path) -> None:
-    ended = command(
-        [*RECIPE, "--trust", "tests", "+callbacks.witness={_target_: tests.witness.Witness}"], tmp_path, PYTHONPATH=str(ROOT)
-    )
+    run = ["recipe=digits_adam_to_sgd", "trainer=ddp_cpu", "trainer.devices=2", "switch.at=3ep", "trainer.max_epochs=6"]
+    witness = ["--trust", "tests", "+callbacks.witness={_target_: tests.witness.Witness}"]
+    ended = command(["train", *run, *witness], tmp_path, PYTHONPATH=str(ROOT))
     assert ended.returncode == 0, ended.stderr
     one, other = seen(tmp_path)
     assert one["weights"] == other["weights"]
@@ -63,15 +55,3 @@ def test_the_command_line_switches_on_both_ranks(tmp_path: Path) -> None:
         assert (rank["steps"], rank["optimizer"]) == ({"Adam": 51, "SGD": 51}, "SGD")
     [folder] = (tmp_path / "outputs").iterdir()
     assert {"result.json", "run.png", "train.log", "train_ddp_process_1.log"} <= {file.name for file in folder.iterdir()}
-
-
-@pytest.mark.slow
-def test_a_sweep_of_two_process_runs(tmp_path: Path) -> None:
-    """Each job starts its own second rank with its own overrides, and the next job is not taken for a rank."""
-    ended = command(["train", "-m", *RECIPE[1:], "seed=1,2", "study=pairs"], tmp_path, timeout=240)
-    assert ended.returncode == 0, ended.stderr
-    folders = [folder for folder in (tmp_path / "studies" / "pairs").iterdir() if folder.is_dir()]
-    assert len(folders) == 2
-    for folder in folders:
-        assert {"result.json", "train_ddp_process_1.log"} <= {file.name for file in folder.iterdir()}
-    assert (folders[0] / "result.json").read_text() != (folders[1] / "result.json").read_text()
