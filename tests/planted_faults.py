@@ -248,8 +248,8 @@ FAULTS = (
     Fault(
         "an epoch's rest of batches is no step",
         "trainers.py",
-        "math.ceil(batches / trainer",
-        "math.floor(batches / trainer",
+        "math.ceil(batches / window",
+        "math.floor(batches / window",
         "preview.py::test_the_clock_of_a_trainer",
     ),
     Fault(
