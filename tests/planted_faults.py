@@ -243,9 +243,9 @@ FAULTS = (
     ),
     Fault(
         "an epoch's rest of batches is no step",
-        "strategies.py",
-        "math.ceil(batches / trainer",
-        "math.floor(batches / trainer",
+        "trainers.py",
+        "math.ceil(batches / accumulated",
+        "math.floor(batches / accumulated",
         "preview.py::test_the_clock_of_a_trainer",
     ),
     Fault(
@@ -257,7 +257,7 @@ FAULTS = (
     ),
     Fault(
         "a metric is the sum over all ranks",
-        "strategies.py",
+        "trainers.py",
         '"mean") for name, value in own',
         '"sum") for name, value in own',
         "triggers.py::test_ranks_that_see_different_values_decide_together[ddp]",
@@ -271,7 +271,7 @@ FAULTS = (
     ),
     Fault(
         "a checkpoint's pickle is trusted",
-        "strategies.py",
+        "checkpoints.py",
         "mmap=True, weights_only=True",
         "mmap=True, weights_only=False",
         "restore.py::test_a_class_that_a_checkpoint_names_is_not_imported",
@@ -349,7 +349,7 @@ FAULTS = (
     Fault(
         "pending batches are not seen again",
         "exact_resume.py",
-        "_add(batch, name, -count)",
+        "_add(batch, name, begun - count)",
         "_add(batch, name, 0 * count)",
         "exact_resume.py::test_checkpoints_within_a_step_lead_back[plain]",
     ),
