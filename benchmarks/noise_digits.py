@@ -16,7 +16,8 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from lightning_adaptive.report import markdown, read_curves
+from lightning_adaptive.report import read_curves
+from lightning_adaptive.tables import markdown
 
 ROOT = Path(__file__).parent.parent
 PICTURE = ROOT / "docs" / "digits_noise.png"

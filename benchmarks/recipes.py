@@ -30,7 +30,8 @@ from scipy.stats import t
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from lightning_adaptive.report import markdown, read_curves
+from lightning_adaptive.report import read_curves
+from lightning_adaptive.tables import markdown
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "recipes" / "README.md"

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import islice, product
+from itertools import count, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,11 @@ from recipes import replaced
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from lightning_adaptive import Clock, Constant, Cosine, Schedule, moments
-from lightning_adaptive.handover import PRESETS, Guard, Handover, cross
+from lightning_adaptive.guard import Guard
+from lightning_adaptive.handover import PRESETS, Handover, cross
 from lightning_adaptive.lr_schedulers import ScheduleLR
 from lightning_adaptive.param_groups import Group, split
-from lightning_adaptive.report import markdown
+from lightning_adaptive.tables import markdown
 from lightning_adaptive.triggers import Memory, Projection, Seen, Swats
 
 SEEDS = range(10)
@@ -201,7 +202,9 @@ class ToSGD:
         following = SGD(groups, self.lr, momentum=0.9)
         crossed = cross(self.handover, running, following, partition, here, estimate={"": moment.estimate})
         if crossed.limit is not None:
-            Guard(following, crossed.limit, self.handover.guard_steps(replace(CLOCK, first_step=moment.step)), here)
+            guard, steps = Guard(following, crossed.limit, here), count(1)
+            last = self.handover.guard_steps(replace(CLOCK, first_step=moment.step))
+            following.register_step_post_hook(lambda *_: guard.remove() if next(steps) == last else None)
         return following, 0
 
 

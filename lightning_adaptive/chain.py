@@ -23,7 +23,7 @@ from lightning_adaptive.phases import OptimizerFactory, Phase
 from lightning_adaptive.rules import Parameter
 from lightning_adaptive.schedules import Continue, Plateau, Schedule
 from lightning_adaptive.settings import Settings
-from lightning_adaptive.triggers import Trigger
+from lightning_adaptive.triggers import Swats, Trigger
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -221,7 +221,7 @@ class Switch:
                         "let lr be keep, or matched per tensor.",
                         "weight_decay",
                     )
-        found_per = {trigger.per for trigger in self.when.projecting()} if self.when else set()
+        found_per = {trigger.per for trigger in self.when.of_kind(Swats)} if self.when else set()
         if found_per and moments.family(running) != "adam":
             raise ConfigError(
                 f"SWATS looks at steps of Adam, AdamW, NAdam or RAdam, and the running optimizer is {class_name(running)}.", "when"

@@ -84,10 +84,6 @@ class CombinedOptimizer(Optimizer):
             part.step()
         return loss
 
-    def part_of_each_group(self) -> list[Optimizer]:
-        """The optimizer that steps a group, for each group."""
-        return [self.optimizers[taker] for taker in self._takers]
-
     def __getstate__(self) -> dict[str, Any]:
         bare = {name: _bare(part) for name, part in self.optimizers.items()}
         return {**super().__getstate__(), "optimizers": bare, "_takers": self._takers}
@@ -95,8 +91,8 @@ class CombinedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also the end of ``load_state_dict``, which makes new groups and a new state."""
         super().__setstate__(state)
-        for part in self.optimizers.values():
-            groups = [group for group, its in zip(self.param_groups, self.part_of_each_group(), strict=True) if its is part]
+        for name, part in self.optimizers.items():
+            groups = [group for group, taker in zip(self.param_groups, self._takers, strict=True) if taker == name]
             tensors = [tensor for group in groups for tensor in group["params"] if tensor in self.state]
             # Its own state alone: Adagrad takes every state that it finds for one of its own, and completes it.
             own = defaultdict(dict, {tensor: self.state[tensor] for tensor in tensors})
@@ -135,9 +131,9 @@ def parts(optimizer: Optimizer) -> dict[str, Optimizer]:
 
 def part_of_each_group(optimizer: Optimizer) -> list[Optimizer]:
     """What steps a group, for each group: a member of a `CombinedOptimizer`, or the optimizer itself."""
-    if isinstance(optimizer, CombinedOptimizer):
-        return optimizer.part_of_each_group()
-    return [optimizer] * len(optimizer.param_groups)
+    if not isinstance(optimizer, CombinedOptimizer):
+        return [optimizer] * len(optimizer.param_groups)
+    return [optimizer.optimizers[taker] for taker in optimizer._takers]
 
 
 def class_name(optimizer: Optimizer) -> str:

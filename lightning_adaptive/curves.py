@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import ClassVar, Literal
 
 from lightning_adaptive.durations import Clock, Duration, DurationLike
-from lightning_adaptive.errors import ConfigError, ConfigTypeError, check_count, check_number, check_share, check_word
+from lightning_adaptive.errors import ConfigError, ConfigTypeError, check_count, check_number, check_share, check_truth, check_word
 from lightning_adaptive.schedules import Curve, Factor, falls_short
 
 _FALLS: dict[str, Callable[[float], float]] = {
@@ -130,7 +130,7 @@ class CosineRestarts(Curve):
         check_share(self.decay, "decay", "It multiplies the peak at each restart.", above_zero=True)
 
     def shape(self, clock: Clock, steps: int | None) -> Factor:
-        first, t_mult, decay, fall = self._distance("cycle", clock, steps), self.t_mult, self.decay, _FALLS["cosine"]
+        first, t_mult, decay, fall = self._steps("cycle", clock, steps, least=1), self.t_mult, self.decay, _FALLS["cosine"]
 
         def factor(step: int) -> float:
             if t_mult == 1:
@@ -170,7 +170,7 @@ class Exponential(Curve):
         check_share(self.gamma, "gamma", "It multiplies the value at each decay.", above_zero=True)
 
     def shape(self, clock: Clock, steps: int | None) -> Factor:
-        gamma, every = self.gamma, self._distance("every", clock, steps)
+        gamma, every = self.gamma, self._steps("every", clock, steps, least=1)
         return lambda step: gamma ** (step / every)
 
 
@@ -193,7 +193,7 @@ class StepDecay(Exponential):
     gamma: float = 0.1
 
     def shape(self, clock: Clock, steps: int | None) -> Factor:
-        exponential, every = super().shape(clock, steps), self._distance("every", clock, steps)
+        exponential, every = super().shape(clock, steps), self._steps("every", clock, steps, least=1)
         return lambda step: exponential(step - step % every)
 
 
@@ -276,7 +276,7 @@ class InverseSqrt(Curve):
 
     def shape(self, clock: Clock, steps: int | None) -> Factor:
         warmup, _ = self._span(clock)
-        scale = (warmup or 10_000) if self.timescale is None else self._distance("timescale", clock, steps)
+        scale = (warmup or 10_000) if self.timescale is None else self._steps("timescale", clock, steps, least=1)
         return lambda step: 1 / math.sqrt(1 + step / scale)
 
 
@@ -323,8 +323,7 @@ class OneCycle(Curve):
         check_share(self.start, "start", "It is a share of the base value.")
         check_share(self.end, "end", "It is a share of the base value.")
         check_word(self.anneal, "anneal", ("cosine", "linear"))
-        if not isinstance(self.three_phase, bool):
-            raise ConfigTypeError(f"{self.three_phase!r} is neither true nor false.", "three_phase")
+        check_truth(self.three_phase, "three_phase")
         if self.momentum_low is not None:
             check_share(self.momentum_low, "momentum_low", "It is a share of the base momentum.")
 
@@ -401,8 +400,8 @@ class Cyclic(Curve):
             raise ConfigError(f"{self.gamma!r} has no effect in the mode {self.mode}, only in exp_range.", "gamma")
 
     def shape(self, clock: Clock, steps: int | None) -> Factor:
-        up = self._distance("rise", clock, steps)
-        down = up if self.fall is None else self._distance("fall", clock, steps)
+        up = self._steps("rise", clock, steps, least=1)
+        down = up if self.fall is None else self._steps("fall", clock, steps, least=1)
         halves, gamma = self.mode == "triangular2", self.gamma
 
         def factor(step: int) -> float:

@@ -94,30 +94,37 @@ class Duration:
             raise ConfigError(f"{text!r} is more than the whole. A percentage lies between 0% and 100%.", key)
         return cls(number, unit)
 
-    def steps(self, clock: Clock, whole: int | None = None, key: str = "") -> int:
+    def steps(self, clock: Clock, whole: int | None = None, key: str = "", least: int = 0) -> int:
         """The duration in optimizer steps, rounded to the nearest whole number, halves up.
 
         Args:
             clock: the run's clock.
             whole: the number of steps that ``100%`` stands for; ``None`` when it is not known.
             key: the setting's name, for the message.
+            least: 1 where none at all has no meaning.
 
         Raises:
-            ConfigError: when the clock does not know what the unit needs.
+            ConfigError: when the clock does not know what the unit needs, or fewer are found than the least.
         """
+        found = _nearest(self.value * self._unit_in_steps(clock, whole, key))
+        if found < least:
+            raise ConfigError(f"{self} rounds to 0 steps of this training.", key)
+        return found
+
+    def _unit_in_steps(self, clock: Clock, whole: int | None, key: str) -> Fraction:
         if self.unit == "st":
-            return int(self.value)
+            return Fraction(1)
         if self.unit == "ep":
             if clock.steps_per_epoch is None:
                 raise ConfigError(f"{self} cannot be counted: the training loader has no length. Write it in steps (st).", key)
-            return _nearest(self.value * clock.steps_per_epoch)
+            return Fraction(clock.steps_per_epoch)
         if whole is None:
             raise ConfigError(
                 f"{self} cannot be counted: the number of training steps is not known. "
                 "Set trainer.max_steps, or write it in steps (st).",
                 key,
             )
-        return _nearest(self.value * whole / 100)
+        return Fraction(whole, 100)
 
     def __bool__(self) -> bool:
         return self.value > 0

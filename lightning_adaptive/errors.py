@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -41,19 +41,19 @@ class ConfigTypeError(ConfigError, TypeError):
     """A setting of the wrong type, for example an optimizer where a factory of optimizers belongs."""
 
 
-@contextlib.contextmanager
-def within(prefix: str) -> Iterator[None]:
-    """Lets the errors of what is done inside name their key as it is seen from further out."""
-    try:
-        yield
-    except ConfigError as error:
-        raise error.within(prefix) from error.__cause__
-
-
 class CheckpointError(UserError, RuntimeError):
     """A checkpoint that is missing, damaged, or does not fit this run."""
 
     exit_code = 3
+
+
+@contextmanager
+def within(prefix: str) -> Iterator[None]:
+    """Errors of the settings in a block have their keys seen from further out; see `ConfigError.within`."""
+    try:
+        yield
+    except ConfigError as error:
+        raise error.within(prefix) from error.__cause__
 
 
 def check_factory(value: Any, base: type, key: str) -> None:
@@ -95,6 +95,12 @@ def check_share(value: Any, key: str, meaning: str, *, above_zero: bool = False,
     check_number(value, key)
     if not 0 <= value <= 1 or (above_zero and value == 0) or (below_one and value == 1):
         raise ConfigError(f"{value!r} lies outside 0 to {'below ' * below_one}1. {meaning}", key)
+
+
+def check_truth(value: Any, key: str) -> None:
+    """Refuses what is not ``True`` or ``False``."""
+    if not isinstance(value, bool):
+        raise ConfigTypeError(f"{value!r} is neither true nor false.", key)
 
 
 def check_count(value: Any, key: str, of: str, least: int = 1) -> None:

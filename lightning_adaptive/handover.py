@@ -1,4 +1,4 @@
-"""What crosses a switch: the learning rate, the momentum and the weight decay; and what holds the first updates back."""
+"""What crosses a switch: the learning rate, the momentum and the weight decay; and to what the first updates are held."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -17,9 +17,6 @@ from lightning_adaptive.combined import class_name
 from lightning_adaptive.durations import Clock, Duration, DurationLike
 from lightning_adaptive.errors import ConfigError, ConfigTypeError, check_number, did_you_mean
 from lightning_adaptive.param_groups import Group, OptimizerGroup, Partition
-
-Whole = Callable[[Sequence[Tensor], Tensor], Tensor]
-"""Parameters and a row of sums for each, of what lies on this process, to the same sums of the whole parameters; no waiting."""
 
 G = TypeVar("G")
 
@@ -89,7 +86,7 @@ class Handover:
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
             rule, rules = getattr(self, name), get_args(kind)
-            if name in ("lr", "per", "momentum", "weight_decay") and rule not in rules:
+            if get_origin(kind) is Literal and rule not in rules:
                 nearest = did_you_mean(str(rule), rules)
                 raise ConfigError(f"the rule {rule!r} does not exist. Rules: {', '.join(rules)}.{nearest}", name)
         _check_factor("scale", self.scale)
@@ -186,81 +183,57 @@ class Handover:
         Raises:
             ConfigError: naming the rule, and those that have one.
         """
-        for name in ("lr", "momentum", "guard"):
-            asked = {"lr": self.matches, "momentum": self.momentum == "carry", "guard": self.guard is not None}[name]
-            needed = {"the running optimizer": running} | ({} if name == "guard" else {"the next one": following})
-            for whose, optimizer in needed.items():
-                if asked and moments.family(optimizer) is None:
-                    raise ConfigError(
-                        f"{getattr(self, name)!r} needs the gradients' mean, which {_KNOWN} keep, and {whose} is "
-                        f"{class_name(optimizer)}. Write {_WITHOUT[name]}.",
-                        name,
-                    )
-        if self.matches and moments.family(following) == "adam" and _without_momentum(running):
-            raise ConfigError(
-                "the running optimizer is SGD without momentum, which keeps no mean of the gradients. Give it momentum, or write "
-                "own or keep.",
-                "lr",
-            )
-        if self.momentum == "carry":
-            self._check_momentum(running, following)
-        self._check_gain(running, following)
-        if self.guard is not None and _without_momentum(running):
-            raise ConfigError("SGD without momentum keeps nothing that tells the length of its updates. Write null.", "guard")
-        if self.lr == "keep" and not inherits:
-            merged = _merged(running, following, partition, "lr")
-            if merged is not None:
-                raise ConfigError(
-                    f"the group {merged} takes parameters of running groups with different learning rates. Keep the groups "
-                    "(param_groups: inherit), or write own.",
-                    "lr",
-                )
+        sides = {"the running optimizer": running, "the next one": following}
+        asked = {
+            "lr": self.matches,
+            "momentum": self.momentum == "carry",
+            "weight_decay": self.weight_decay == "match",
+            "guard": self.guard is not None,
+        }
+        for name in (name for name, is_asked in asked.items() if is_asked):
+            for whose, optimizer in sides.items():
+                if name == "guard" and optimizer is following:
+                    continue
+                if name != "weight_decay":
+                    self._check_mean(name, whose, optimizer, moments.family(following))
+                if name != "guard":
+                    self._check_gain(name, whose, optimizer)
         if self.weight_decay == "match":
-            self._check_decay(running, following, () if inherits else partition)
+            _check_decay(running, following)
+        if self.lr == "keep" and any("lr" not in group for group in running.param_groups):
+            raise ConfigError(f"{class_name(running)} has no learning rate (lr) that could be kept. Write own.", "lr")
+        if self.lr == "keep" and not inherits:
+            _check_merged("lr", running, following, partition)
+        if self.weight_decay == "match" and not inherits:
+            _check_merged("weight_decay", running, following, partition)
 
-    def _check_momentum(self, running: Optimizer, following: Optimizer) -> None:
-        for whose, optimizer in {"the running optimizer": running, "the next one": following}.items():
-            if _without_momentum(optimizer):
-                raise ConfigError(
-                    f"{whose} is SGD without momentum, which keeps no mean of the gradients. Give it momentum, or write zero.",
-                    "momentum",
-                )
-
-    def _check_gain(self, running: Optimizer, following: Optimizer) -> None:
-        asks = {"lr": self.matches, "momentum": self.momentum == "carry", "weight_decay": self.weight_decay == "match"}
-        for name in (name for name, asked in asks.items() if asked):
-            for whose, optimizer in {"the running optimizer": running, "the next one": following}.items():
-                for group in optimizer.param_groups if moments.family(optimizer) == "sgd" else ():
-                    momentum, dampening = group["momentum"], group["dampening"]
-                    if momentum and max(momentum, dampening) >= 1:
-                        raise ConfigError(
-                            f"of a constant gradient, momentum {momentum:g} with dampening {dampening:g} makes nothing that "
-                            f"{getattr(self, name)!r} could go by, and {whose} has them. Both must be below 1; or write "
-                            f"{_WITHOUT[name]}.",
-                            name,
-                        )
-
-    def _check_decay(self, running: Optimizer, following: Optimizer, partition: Partition) -> None:
-        kinds = [_kind_of_decay(optimizer) for optimizer in (running, following)]
-        for optimizer, kind in zip((running, following), kinds, strict=True):
-            if kind is None:
-                raise ConfigError(
-                    f"how {class_name(optimizer)} shrinks weights is not known, only of {_KNOWN}. Write own.", "weight_decay"
-                )
-        merged = _merged(running, following, partition, "weight_decay")
-        if merged is not None:
+    def _check_mean(self, name: str, whose: str, optimizer: Optimizer, toward: moments.Family | None) -> None:
+        """Refuses an optimizer that keeps no mean of the gradients; SGD without momentum, where another family needs it."""
+        if moments.family(optimizer) is None:
             raise ConfigError(
-                f"the group {merged} takes parameters of running groups with different weight decays. Keep the groups "
-                "(param_groups: inherit), or write own.",
-                "weight_decay",
+                f"{getattr(self, name)!r} needs the gradients' mean, which {_KNOWN} keep, and {whose} is {class_name(optimizer)}. "
+                f"Write {_WITHOUT[name]}.",
+                name,
             )
-        decays = any(group["weight_decay"] for group in running.param_groups)
-        if decays and set(kinds) == {"decoupled", "adaptive"}:
-            raise ConfigError(
-                f"the decay of {class_name(running)} and that of {class_name(following)} have no common measure: one divides it by "
-                "the size of the gradients. Write own.",
-                "weight_decay",
-            )
+        if not _without_momentum(optimizer) or (name == "lr" and toward != "adam"):
+            return
+        if name == "guard":
+            raise ConfigError("SGD without momentum keeps nothing that tells the length of its updates. Write null.", name)
+        raise ConfigError(
+            f"{whose} is SGD without momentum, which keeps no mean of the gradients. Give it momentum, or write {_WITHOUT[name]}.",
+            name,
+        )
+
+    def _check_gain(self, name: str, whose: str, optimizer: Optimizer) -> None:
+        """Refuses an SGD of which nothing says what it makes of a constant gradient."""
+        for group in optimizer.param_groups if moments.family(optimizer) == "sgd" else ():
+            momentum, dampening = group["momentum"], group["dampening"]
+            if momentum and max(momentum, dampening) >= 1:
+                raise ConfigError(
+                    f"of a constant gradient, momentum {momentum:g} with dampening {dampening:g} makes nothing that "
+                    f"{getattr(self, name)!r} could go by, and {whose} has them. Both must be below 1; or write {_WITHOUT[name]}.",
+                    name,
+                )
 
 
 PRESETS: Mapping[str, Handover] = {
@@ -294,7 +267,7 @@ def cross(
     running: Optimizer,
     following: Optimizer,
     partition: Partition,
-    whole: Whole,
+    whole: moments.Whole,
     *,
     running_groups: Sequence[OptimizerGroup] | None = None,
     inherits: bool = True,
@@ -375,55 +348,6 @@ def is_given(group: Group, option: Literal["lr", "weight_decay"]) -> bool:
     return group.lr is not None if option == "lr" else group.no_decay or option in group.options
 
 
-class Guard:
-    """Holds the first updates of an optimizer to a norm: ``w <- w_before + min(1, limit / |update|) (w - w_before)``.
-
-    It is a pair of the optimizer's own step hooks, which go when the window is over. Nothing waits for the device. An update that
-    is not finite is left as it is.
-
-    Args:
-        optimizer: the optimizer.
-        limit: the norm, of the update of the whole model.
-        steps: number of updates from now on.
-        whole: what makes whole sums of those on this process.
-    """
-
-    def __init__(self, optimizer: Optimizer, limit: float, steps: int, whole: Whole) -> None:
-        self._limit = limit
-        self._left = steps
-        self._whole = whole
-        self._before: list[Tensor] = []
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._keep),
-            optimizer.register_step_post_hook(self._hold),
-        ]
-
-    def remove(self) -> None:
-        """Takes the hooks off."""
-        for hook in self._hooks:
-            hook.remove()
-        self._before = []
-
-    def _keep(self, optimizer: Optimizer, _: Any, __: Any) -> None:
-        self._before = [moments.real(tensor.detach()).clone() for tensor in _parameters(optimizer)]
-
-    @torch.no_grad()
-    def _hold(self, optimizer: Optimizer, _: Any, __: Any) -> None:
-        parameters = _parameters(optimizer)
-        weights = [moments.real(tensor.detach()) for tensor in parameters]
-        moved = torch._foreach_norm(torch._foreach_sub(weights, self._before), dtype=torch.float64)
-        norm = self._whole(parameters, torch.stack(moved)[None] ** 2).sum().sqrt()
-        share = self._limit / norm
-        is_held = (share < 1) & norm.isfinite()
-        for weight, before in zip(weights, self._before, strict=True):
-            held = before.lerp(weight, share.to(weight.device, weight.dtype))
-            weight.copy_(torch.where(is_held.to(weight.device), held, weight))
-        self._left -= 1
-        self._before = []
-        if self._left <= 0:
-            self.remove()
-
-
 # Learning rates
 
 
@@ -488,31 +412,48 @@ def _sum(rows: Iterable[Sequence[float]]) -> tuple[float, float, float]:
     return update, along, step
 
 
-def _sums(running: Optimizer, whole: Whole, toward: moments.Family) -> dict[Tensor, list[float]]:
+def _sums(running: Optimizer, whole: moments.Whole, toward: moments.Family) -> dict[Tensor, list[float]]:
     """The whole sums of `moments.updates`, of each parameter."""
     tensors, rows = moments.updates(running, toward)
     return dict(zip(tensors, whole(tensors, rows).T.tolist(), strict=True))
 
 
-def _merged(running: Optimizer, following: Optimizer, partition: Partition, option: Literal["lr", "weight_decay"]) -> str | None:
-    """The first of the next groups whose parameters have had different values of an option."""
-    had = {tensor: float(group[option]) for group in running.param_groups for tensor in group["params"] if option in group}
+def _check_merged(option: Literal["lr", "weight_decay"], running: Optimizer, following: Optimizer, partition: Partition) -> None:
+    """Refuses a group whose parameters have had different values of an option."""
+    had = {tensor: float(group[option]) for group in running.param_groups for tensor in group["params"]}
     for group, recorded in zip(following.param_groups, partition, strict=False):
         if len({had[tensor] for tensor in group["params"] if tensor in had}) > 1 and not is_given(recorded, option):
-            return str(recorded.name or 0)
-    return None
+            values = {"lr": "learning rates", "weight_decay": "weight decays"}[option]
+            raise ConfigError(
+                f"the group {recorded.name or 0} takes parameters of running groups with different {values}. Keep the groups "
+                "(param_groups: inherit), or write own.",
+                option,
+            )
 
 
 # Weight decay
 
 
-def _kind_of_decay(optimizer: Optimizer) -> Literal["decoupled", "adaptive", "gradient"] | None:
-    kind = moments.family(optimizer)
-    if kind is None:
-        return None
-    if kind == "sgd":
+def _kind_of_decay(optimizer: Optimizer) -> Literal["decoupled", "adaptive", "gradient"]:
+    if moments.family(optimizer) == "sgd":
         return "gradient"
     return "decoupled" if moments.is_decoupled(optimizer, optimizer.param_groups[0]) else "adaptive"
+
+
+def _check_decay(running: Optimizer, following: Optimizer) -> None:
+    """Refuses decays that are not known, or have no common measure."""
+    for optimizer in (running, following):
+        if moments.family(optimizer) is None:
+            raise ConfigError(
+                f"how {class_name(optimizer)} shrinks weights is not known, only of {_KNOWN}. Write own.", "weight_decay"
+            )
+    decays = any(group["weight_decay"] for group in running.param_groups)
+    if decays and {_kind_of_decay(running), _kind_of_decay(following)} == {"decoupled", "adaptive"}:
+        raise ConfigError(
+            f"the decay of {class_name(running)} and that of {class_name(following)} have no common measure: one divides it by the "
+            "size of the gradients. Write own.",
+            "weight_decay",
+        )
 
 
 def _match_decay(
@@ -539,10 +480,12 @@ def _match_decay(
 # Momentum
 
 
-def _carry(running: Optimizer, following: Optimizer, groups: Mapping[Tensor, OptimizerGroup], whole: Whole) -> tuple[int, str]:
+def _carry(
+    running: Optimizer, following: Optimizer, groups: Mapping[Tensor, OptimizerGroup], whole: moments.Whole
+) -> tuple[int, str]:
     """Seeds every parameter or, where a value is not finite, none; bytes that were not copied, and a line."""
     states = [moments.carried(running, groups, following, group) for group in following.param_groups]
-    parameters = _parameters(following)
+    parameters = moments.parameters(following)
     flat = [state for of_group in states for state in of_group]
     if not flat:
         return 0, ""
@@ -568,10 +511,6 @@ def _count_of_faults(parameter: Tensor, state: Mapping[str, Tensor]) -> Tensor:
 
 def _without_momentum(optimizer: Optimizer) -> bool:
     return moments.family(optimizer) == "sgd" and not all(group["momentum"] for group in optimizer.param_groups)
-
-
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [tensor for group in optimizer.param_groups for tensor in group["params"]]
 
 
 def _range(values: Sequence[float]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule
@@ -12,38 +11,19 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_adaptive import config, phases, strategies, trainers
-from lightning_adaptive.errors import ConfigError, check_factory
-from lightning_adaptive.lr_schedulers import SchedulerConfig, SchedulerFactory
+from lightning_adaptive.errors import ConfigError, check_factory, within
+from lightning_adaptive.lr_schedulers import SchedulerLike
 from lightning_adaptive.param_groups import Inherit, ParamGroups
 from lightning_adaptive.phases import OptimizerFactory
-from lightning_adaptive.schedules import Schedule
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class _FirstPhase:
-    """What builds the first phase; plain and picklable, as the module that carries it must be."""
-
-    optimizer: OptimizerFactory
-    scheduler: Schedule | SchedulerFactory | SchedulerConfig | None
-    param_groups: ParamGroups
-
-    @classmethod
-    def of(cls, optimizer: Any, scheduler: Any, param_groups: Any) -> _FirstPhase:
-        groups = config.param_groups(param_groups) or ParamGroups()
-        if isinstance(groups, Inherit):
-            raise ConfigError("the first phase has no groups to inherit. Leave it out, or write none.", "param_groups")
-        factory = config.optimizer_factory(optimizer)
-        check_factory(factory, Optimizer, "optimizer")
-        return cls(factory, config.scheduler(scheduler), groups)
 
 
 def configure_optimizers(
     module: LightningModule,
     *,
     optimizer: OptimizerFactory | Mapping[str, Any],
-    scheduler: Schedule | SchedulerFactory | Mapping[str, Any] | None = None,
+    scheduler: SchedulerLike | Mapping[str, Any] | None = None,
     param_groups: ParamGroups | Mapping[str, Any] | None = None,
 ) -> dict[str, Any] | tuple[list[Optimizer], list[dict[str, Any]]]:
     """What ``LightningModule.configure_optimizers`` may return, from Hydra nodes or plain callables.
@@ -63,14 +43,14 @@ def configure_optimizers(
     Raises:
         ConfigError: for a node or value that cannot be used; the message names its key.
     """
-    return _configure(module, _FirstPhase.of(optimizer, scheduler, param_groups))
+    return _configure(module, *_first_phase(optimizer, scheduler, param_groups))
 
 
 def attach(
     module: ModuleT,
     *,
     optimizer: OptimizerFactory | Mapping[str, Any],
-    scheduler: Schedule | SchedulerFactory | Mapping[str, Any] | None = None,
+    scheduler: SchedulerLike | Mapping[str, Any] | None = None,
     param_groups: ParamGroups | Mapping[str, Any] | None = None,
 ) -> ModuleT:
     """Gives a module this package's `configure_optimizers` without editing it; arguments as there.
@@ -84,20 +64,28 @@ def attach(
     Raises:
         ConfigError: for a node or value that cannot be used; the message names its key.
     """
-    first_phase = _FirstPhase.of(optimizer, scheduler, param_groups)
+    first_phase = _first_phase(optimizer, scheduler, param_groups)
     inner: Any = getattr(module, "_orig_mod", module)
     # A partial of a module-level function: a bound method or a closure cannot be pickled, or optimizes the original of a copy.
-    inner.configure_optimizers = functools.partial(_configure, inner, first_phase)
+    inner.configure_optimizers = functools.partial(_configure, inner, *first_phase)
     return module
 
 
-def _configure(module: LightningModule, first_phase: _FirstPhase) -> dict[str, Any] | tuple[list[Optimizer], list[dict[str, Any]]]:
-    try:
-        partition = first_phase.param_groups.partition(strategies.described(module))
-    except ConfigError as error:
-        raise error.within("param_groups") from None
-    tensors = strategies.parameters(module)
-    clock = trainers.clock(module.trainer)
-    phase = phases.build(first_phase.optimizer, first_phase.scheduler, partition, tensors, clock)
+def _first_phase(optimizer: Any, scheduler: Any, param_groups: Any) -> tuple[OptimizerFactory, SchedulerLike | None, ParamGroups]:
+    """What builds the first phase; plain and picklable, as the module that carries it must be."""
+    groups = config.param_groups(param_groups) or ParamGroups()
+    if isinstance(groups, Inherit):
+        raise ConfigError("the first phase has no groups to inherit. Leave it out, or write none.", "param_groups")
+    factory = config.optimizer_factory(optimizer)
+    check_factory(factory, Optimizer, "optimizer")
+    return factory, config.scheduler(scheduler), groups
+
+
+def _configure(
+    module: LightningModule, optimizer: OptimizerFactory, scheduler: SchedulerLike | None, param_groups: ParamGroups
+) -> dict[str, Any] | tuple[list[Optimizer], list[dict[str, Any]]]:
+    with within("param_groups"):
+        partition = param_groups.partition(strategies.described(module))
+    phase = phases.build(optimizer, scheduler, partition, strategies.parameters(module), trainers.clock(module.trainer))
     strategies.placement(module.trainer).check_optimizer(phase.optimizer)
     return phase.configuration()

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from lightning_adaptive.durations import Clock, Duration, is_duration
-from lightning_adaptive.errors import CheckpointError, ConfigError, ConfigTypeError, check_factory, did_you_mean, is_number
+from lightning_adaptive.errors import CheckpointError, ConfigError, ConfigTypeError, check_factory, did_you_mean, is_number, within
 from lightning_adaptive.schedules import Constant, Plateau, Schedule
 
 SchedulerFactory = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
@@ -32,6 +32,9 @@ class SchedulerConfig(TypedDict, total=False):
     strict: bool
     name: str
 
+
+SchedulerLike = Schedule | SchedulerFactory | SchedulerConfig
+"""What a user may give for a scheduler; ``None`` in its place is constant."""
 
 _KEYS = tuple(SchedulerConfig.__annotations__)
 _OF_SCHEDULES = {"interval": "step", "frequency": 1, "name": CURVE_NAME}
@@ -82,10 +85,8 @@ class ScheduleLR(LambdaLR):
     def values_at(self, step: int) -> list[dict[str, float]]:
         """The driven options that each group has, at a step of the phase."""
         values = [{"lr": float(lr)} for lr in self.lrs_at(step)]
-        for option, factor in self._others.items():
-            value = factor(step + self.since)
-            for index, _, base in _bases(option, self.optimizer):
-                values[index][option] = float(_first(_times(base, value)))
+        for option, index, _, value in self._others_at(step):
+            values[index][option] = _first(value)
         return values
 
     def refresh(self) -> None:
@@ -103,25 +104,25 @@ class ScheduleLR(LambdaLR):
         return {"step": self.last_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict.keys() != {"step"}:
-            raise CheckpointError(
-                f"the checkpoint holds the state of another scheduler than {self.schedule}: {', '.join(state_dict)}. Resume with "
-                "the scheduler of the run that wrote it, or let a switch lead to the new one."
-            )
+        _check_state(state_dict, self.state_dict(), self.schedule)
         self.last_epoch = state_dict["step"]
         self._step_count = self.last_epoch + 1
         self.refresh()
 
-    def _drive_others(self) -> None:
-        groups = self.optimizer.param_groups
+    def _others_at(self, step: int) -> Iterator[tuple[str, int, str, Any]]:
+        """What is driven beside the learning rate: the option, a group's index, its key there, and its value at a step."""
         for option, factor in self._others.items():
-            value = factor(self.last_epoch + self.since)
+            value = factor(step + self.since)
             for index, key, base in _bases(option, self.optimizer):
-                groups[index][key] = _times(base, value)
+                yield option, index, key, (base[0] * value, *base[1:]) if key == "betas" else base * value
+
+    def _drive_others(self) -> None:
+        for _, index, key, value in self._others_at(self.last_epoch):
+            self.optimizer.param_groups[index][key] = value
 
     def _let_go_others(self) -> None:
         """What the schedule of the checkpoint drove, and this one does not, is at its base value again."""
-        driven = {(index, key) for option in self._others for index, key, _ in _bases(option, self.optimizer)}
+        driven = {(index, key) for _, index, key, _ in self._others_at(self.last_epoch)}
         for index, group in enumerate(self.optimizer.param_groups):
             for key in [key for key in group if f"initial_{key}" in group and key != "lr" and (index, key) not in driven]:
                 group[key] = group.pop(f"initial_{key}")
@@ -159,20 +160,22 @@ class PlateauLR(ReduceLROnPlateau):
         return {**seen, "scale": self.driven.scale}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict.keys() != self.state_dict().keys():
-            raise CheckpointError(
-                f"the checkpoint holds the state of another scheduler than {self.driven.schedule}: {', '.join(state_dict)}. Resume "
-                "with the scheduler of the run that wrote it, or let a switch lead to the new one."
-            )
+        _check_state(state_dict, self.state_dict(), self.driven.schedule)
         seen = dict(state_dict)
         self.driven.scale = seen.pop("scale")
         vars(self).update(seen)
         self.driven.refresh()
 
 
-def build_scheduler(
-    scheduler: Schedule | SchedulerFactory | SchedulerConfig | None, optimizer: Optimizer, clock: Clock, since: int = 0
-) -> list[dict[str, Any]]:
+def _check_state(saved: Mapping[str, Any], own: Mapping[str, Any], schedule: Schedule) -> None:
+    if saved.keys() != own.keys():
+        raise CheckpointError(
+            f"the checkpoint holds the state of another scheduler than {schedule}: {', '.join(saved)}. Resume with the scheduler "
+            "of the run that wrote it, or let a switch lead to the new one."
+        )
+
+
+def build_scheduler(scheduler: SchedulerLike | None, optimizer: Optimizer, clock: Clock, since: int = 0) -> list[dict[str, Any]]:
     """Lightning's dictionaries around an optimizer's schedulers: one, and of a `Plateau` a second, which watches its metric.
 
     Args:
@@ -199,10 +202,8 @@ def build_scheduler(
     check_factory(scheduler, LRScheduler, "scheduler")
     if isinstance(scheduler, Schedule):
         return _of_schedule(scheduler, optimizer, clock, since, options)
-    try:
+    with within("scheduler"):
         factory, counted = _counted(cast(SchedulerFactory, scheduler), clock)
-    except ConfigError as error:
-        raise error.within("scheduler") from None
     built = factory(optimizer)
     if not isinstance(built, LRScheduler | ReduceLROnPlateau):
         raise ConfigTypeError(f"the factory returned a {type(built).__name__}, not a scheduler of torch.", "scheduler")
@@ -233,12 +234,10 @@ def _of_schedule(
                 f"scheduler.{key}",
             )
     betas: Any = next((group["betas"] for group in optimizer.param_groups if "betas" in group), ())
-    try:
+    with within("scheduler"):
         if len(betas) > 1:
             schedule = schedule.with_untuned_warmup(float(betas[1]))
         driven = ScheduleLR(optimizer, schedule, clock, since)
-    except ConfigError as error:
-        raise error.within("scheduler") from None
     found: list[dict[str, Any]] = [{**_OF_SCHEDULES, "reduce_on_plateau": False, **options, "scheduler": driven}]
     if isinstance(schedule, Plateau):
         watch = {"interval": schedule.interval, "frequency": schedule.frequency, "monitor": schedule.monitor}
@@ -262,38 +261,27 @@ def _counted(factory: SchedulerFactory, clock: Clock) -> tuple[SchedulerFactory,
 def _check_driven(option: str, optimizer: Optimizer) -> None:
     name, found = type(optimizer).__name__, [base for _, _, base in _bases(option, optimizer)]
     if not found:
-        known = list(dict.fromkeys(name for group in optimizer.param_groups for name in _numbers(group)))
+        bases = {f"initial_{key}" for group in optimizer.param_groups for key in group}
+        keys = dict.fromkeys(key for group in optimizer.param_groups for key in (*group, "momentum") if _key(key, group))
+        known = [key for key in keys if key != "lr" and key not in bases]
         advice = did_you_mean(option, known) or (" momentum stands for beta1." if option in ("beta1", "betas") else "")
         raise ConfigError(f"{name} has no number {option!r} to drive.{advice} Numbers: {', '.join(known)}.")
     if not any(_first(base) for base in found):
         raise ConfigError(f"{option} of {name} is 0 in every group, so a schedule of it does nothing.")
 
 
-def _numbers(group: Mapping[str, Any]) -> Iterator[str]:
-    """Names of the options that a schedule may drive, the learning rate left out."""
-    for key, value in group.items():
-        is_base = key.startswith("initial_") and key.removeprefix("initial_") in group
-        if is_number(value) and key != "lr" and not is_base:
-            yield key
-    if _is_betas(group.get("betas")):
-        yield "momentum"
-
-
 def _bases(option: str, optimizer: Optimizer) -> Iterator[tuple[int, str, Any]]:
     """Of each group that has the option: its index, its key, and the base value."""
     for index, group in enumerate(optimizer.param_groups):
-        key = "betas" if option == "momentum" and _is_betas(group.get("betas")) else option
-        if (key == "betas" and option == "momentum") or is_number(group.get(key)):
+        if key := _key(option, group):
             yield index, key, group.setdefault(f"initial_{key}", group[key])
 
 
-def _is_betas(value: Any) -> bool:
-    return isinstance(value, tuple | list) and len(value) > 0
-
-
-def _times(base: Any, factor: float) -> Any:
-    """A base value, of betas the first, multiplied."""
-    return (base[0] * factor, *base[1:]) if isinstance(base, tuple | list) else base * factor
+def _key(option: str, group: Mapping[str, Any]) -> str | None:
+    """Under which key a group has an option that is a number; the momentum of one with betas is the first of them."""
+    if option == "momentum" and isinstance(group.get("betas"), tuple | list) and group["betas"]:
+        return "betas"
+    return option if is_number(group.get(option)) else None
 
 
 def _first(value: Any) -> float:

@@ -12,7 +12,7 @@ Without momentum it is 1.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,6 +22,9 @@ from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RAdam
 from lightning_adaptive.param_groups import OptimizerGroup
 
 Family = Literal["adam", "sgd"]
+
+Whole = Callable[[Sequence[Tensor], Tensor], Tensor]
+"""Parameters and a row of sums for each, of what lies on this process, to the same sums of the whole parameters; no waiting."""
 
 FAMILIES: Mapping[Family, tuple[type[Optimizer], ...]] = {"adam": (Adam, AdamW, NAdam, RAdam), "sgd": (SGD,)}
 
@@ -49,6 +52,11 @@ def gain(group: OptimizerGroup) -> float:
 def is_decoupled(optimizer: Optimizer, group: OptimizerGroup) -> bool:
     """Whether a group's weight decay acts on the weights beside the gradients, as AdamW's does."""
     return isinstance(optimizer, AdamW) or bool(group.get("decoupled_weight_decay"))
+
+
+def parameters(optimizer: Optimizer) -> list[Tensor]:
+    """All parameters of an optimizer, in the order of its groups."""
+    return [tensor for group in optimizer.param_groups for tensor in group["params"]]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -180,7 +188,7 @@ def _of_all(optimizer: Optimizer, some: Sequence[Tensor], rows: Sequence[Tensor]
         rows: their sums, in pieces.
         count: number of sums of each.
     """
-    everything = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    everything = parameters(optimizer)
     device = rows[0].device if rows else local(everything[0]).device
     places = {tensor: place for place, tensor in enumerate(everything)}
     spread = torch.zeros(count, len(everything), dtype=torch.float64, device=device)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lightning_adaptive.errors import ConfigError
-from lightning_adaptive.rules import CONDITIONS, Parameter, Rule, dead_rule, named, positive, read_regexes, some
+from lightning_adaptive.errors import ConfigError, did_you_mean, within
+from lightning_adaptive.rules import CONDITIONS, Parameter, Rule, dead_rule, positive, read_regexes, some
 
 OptimizerGroup = dict[str, Any]
 """A group as ``optimizer.param_groups`` holds it: ``params`` and the optimizer's options."""
@@ -73,7 +72,11 @@ class ParamGroups:
     """
 
     def __init__(self, **rules: Rule | Mapping[str, Any] | None) -> None:
-        self.rules = {name: named(Rule.of, rule, name) for name, rule in rules.items() if rule is not None}
+        self.rules: dict[str, Rule] = {}
+        for name, rule in rules.items():
+            if rule is not None:
+                with within(name):
+                    self.rules[name] = Rule.of(rule)
         if DEFAULT in self.rules:
             raise ConfigError("this is the name of the group for what no rule matches. Choose another.", DEFAULT)
 
@@ -87,7 +90,7 @@ class ParamGroups:
         members: dict[str, list[Parameter]] = {name: [] for name in self.rules}
         rest: list[Parameter] = []
         for parameter in whole:
-            taker = next((name for name, rule in self.rules.items() if named(rule.holds, parameter, name)), None)
+            taker = next((name for name, rule in self.rules.items() if _holds(rule, parameter, name)), None)
             (rest if taker is None else members[taker]).append(parameter)
         for name, rule in self.rules.items():
             if not members[name]:
@@ -161,7 +164,7 @@ class LayerDecay(ParamGroups):
         self.pattern = pattern
         if pattern is not None:
             read_regexes(pattern, "pattern")
-        self.no_decay = None if no_decay is None else named(Rule.condition, no_decay, "no_decay")
+        self.no_decay = _condition(no_decay, "no_decay")
 
     def rest(self, parameters: Sequence[Parameter], whole: Sequence[Parameter]) -> Iterable[Group]:
         """The layers, each split by weight decay."""
@@ -169,7 +172,7 @@ class LayerDecay(ParamGroups):
         deepest = max(depths.values(), default=0)
         layers: dict[tuple[int, bool], list[Parameter]] = {}
         for parameter in parameters:
-            kept = self.no_decay is not None and named(self.no_decay.holds, parameter, "no_decay")
+            kept = self.no_decay is not None and _holds(self.no_decay, parameter, "no_decay")
             layers.setdefault((depths[parameter.name], kept), []).append(parameter)
         for (depth, kept), members in sorted(layers.items(), key=lambda layer: (-layer[0][0], layer[0][1])):
             name = f"layer_{depth}" + "_no_decay" * kept
@@ -201,7 +204,7 @@ class MupLike(ParamGroups):
     ) -> None:
         super().__init__(**rules)
         self.base_fan_in = positive(base_fan_in, "base_fan_in", "256")
-        self.scaled = None if scaled is None else named(Rule.condition, scaled, "scaled")
+        self.scaled = _condition(scaled, "scaled")
 
     def rest(self, parameters: Sequence[Parameter], whole: Sequence[Parameter]) -> Iterable[Group]:
         """A group of each fan-in, and one of what is not scaled."""
@@ -220,11 +223,11 @@ class MupLike(ParamGroups):
 
     def _fan_in(self, parameter: Parameter) -> int:
         """Fan-in of a weight that is scaled, of others 0."""
-        shape = named(Parameter.size_of_shape, parameter, "")
+        shape = parameter.size_of_shape()
         if self.scaled is None:
             is_scaled = len(shape) >= 2 and not {"Embedding", "EmbeddingBag"} & set(parameter.modules)
         else:
-            is_scaled = named(self.scaled.holds, parameter, "scaled")
+            is_scaled = _holds(self.scaled, parameter, "scaled")
         return math.prod(shape[1:]) if is_scaled else 0
 
     def _options(self) -> dict[str, Any]:
@@ -321,7 +324,12 @@ def impose(groups: Sequence[OptimizerGroup], partition: Partition) -> None:
             group["weight_decay"] = 0.0
         for option, value in recorded.options.items():
             if option not in known:
-                raise _unknown(option, known, recorded)
+                allowed = ["lr_scale", *known]
+                raise ConfigError(
+                    f"the optimizer has no option {option!r}.{did_you_mean(option, [*allowed, *CONDITIONS])} A rule sets "
+                    f"{', '.join(allowed)}; its conditions are {', '.join(CONDITIONS)}.",
+                    f"{recorded.name}.{option}" if recorded.name else option,
+                )
             group[option] = tuple(value) if isinstance(group[option], tuple) and isinstance(value, list) else value
 
 
@@ -357,15 +365,14 @@ def _trainable(members: Iterable[Parameter]) -> tuple[str, ...]:
     return tuple(parameter.name for parameter in members if parameter.trainable)
 
 
-def _unknown(option: str, known: Sequence[str], group: Group) -> ConfigError:
-    allowed = ["lr_scale", *known]
-    nearest = difflib.get_close_matches(option, [*allowed, *CONDITIONS], n=1)
-    return ConfigError(
-        f"the optimizer has no option {option!r}."
-        + (f" Did you mean {nearest[0]!r}?" if nearest else "")
-        + f" A rule sets {', '.join(allowed)}; its conditions are {', '.join(CONDITIONS)}.",
-        ".".join(part for part in (group.name, option) if part),
-    )
+def _condition(value: Rule | Mapping[str, Any] | None, key: str) -> Rule | None:
+    with within(key):
+        return None if value is None else Rule.condition(value)
+
+
+def _holds(rule: Rule, parameter: Parameter, key: str) -> bool:
+    with within(key):
+        return rule.holds(parameter)
 
 
 # Depth

@@ -18,8 +18,10 @@ from lightning_adaptive.chain import PlannedPhase
 from lightning_adaptive.combined import class_name
 from lightning_adaptive.lr_schedulers import ScheduleLR, describe_schedule
 from lightning_adaptive.phases import Phase, format_bytes, format_lrs, lrs, partition_of, planned_state_bytes
+from lightning_adaptive.pictures import panels
 from lightning_adaptive.series import Epoch, Series, corners, of_phase
 from lightning_adaptive.switch import find_switch
+from lightning_adaptive.tables import columns
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,10 @@ class GroupPlan:
     lr: str
     decay: str
     matched_by: str
+
+    def cells(self) -> tuple[str, ...]:
+        """Its line in the plan's table."""
+        return (self.name, f"{self.tensors:,}", f"{self.parameters:,}", self.lr, self.decay, self.matched_by)
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,11 @@ class PhasePlan:
             f"phase {self.number}  {self.optimizer:<10} steps {first}..{last}  {self.schedule}  {self.lr}  "
             f"{self.parameters:,} parameters{groups}{state}  <- {self.reason}"
         ]
-        return "\n".join([*lines, *(f"         note: {note}" for note in self.notes), *_lines(self.table)])
+        lines += [f"         note: {note}" for note in self.notes]
+        if self.table:
+            rows = [("group", "tensors", "parameters", "lr", "decay", "matched by"), *(group.cells() for group in self.table)]
+            lines += [f"         {line}" for line in columns(rows, to_the_right=range(1, 5))]
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -114,7 +124,7 @@ class Plan:
         Args:
             path: the file.
         """
-        options = list(dict.fromkeys(series.option for phase in self.phases for series in phase.curves))
+        options = self._options()
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["step", "phase", "optimizer", "group", *options])
@@ -134,38 +144,29 @@ class Plan:
         Args:
             path: the PNG.
         """
-        import matplotlib as mpl
+        options = self._options() or ["lr"]
+        titles = ["learning rate" if option == "lr" else option for option in options]
+        switches = [
+            (after.first_step, before.optimizer, after.optimizer)
+            for before, after in pairwise(self.phases)
+            if after.first_step is not None
+        ]
+        with panels(path, titles, switches, height=3) as axes:
+            for axis, option in zip(axes, options, strict=True):
+                drawn = [series for phase in self.phases for series in phase.curves if series.option == option]
+                groups = list(dict.fromkeys(series.group for series in drawn))
+                for index, group in enumerate(groups):
+                    of_group = [series for series in drawn if series.group == group]
+                    for series in of_group:
+                        is_named = 1 < len(groups) <= 20 and series is of_group[0]
+                        label = (group or option) if is_named else None
+                        axis.plot(series.steps, series.values, color=f"C{index % 10}", label=label, linewidth=1.4)
+                positive = [value for series in drawn for value in series.values if value > 0]
+                wide = option == "lr" and bool(positive) and max(positive) > 20 * min(positive)
+                axis.set_yscale("log" if wide else "linear")
 
-        mpl.use("Agg")
-        from matplotlib import pyplot as plt
-
-        options = list(dict.fromkeys(series.option for phase in self.phases for series in phase.curves)) or ["lr"]
-        size = (8, 1 + 3 * len(options))
-        figure, axes = plt.subplots(len(options), 1, sharex=True, squeeze=False, figsize=size, layout="constrained")
-        for axis, option in zip(axes[:, 0], options, strict=True):
-            drawn = [(phase, series) for phase in self.phases for series in phase.curves if series.option == option]
-            colors = {name: f"C{index % 10}" for index, name in enumerate(dict.fromkeys(series.group for _, series in drawn))}
-            for index, (_, series) in enumerate(drawn):
-                first = series.group not in (earlier.group for _, earlier in drawn[:index])
-                label = (series.group or option) if first else None
-                axis.plot(series.steps, series.values, color=colors[series.group], label=label, linewidth=1.4)
-            positive = [value for _, series in drawn for value in series.values if value > 0]
-            wide = option == "lr" and bool(positive) and max(positive) > 20 * min(positive)
-            axis.set(ylabel="learning rate" if option == "lr" else option, yscale="log" if wide else "linear")
-            axis.grid(alpha=0.3)
-            if 1 < len(colors) <= 20:
-                axis.legend(loc="best", fontsize="small")
-            for phase in self.phases[1:]:
-                if phase.first_step is not None:
-                    axis.axvline(phase.first_step, color="0.4", linestyle="--", linewidth=1)
-        for before, after in pairwise(self.phases):
-            if after.first_step is None:
-                continue
-            words = f"{before.optimizer} → {after.optimizer}"
-            axes[0, 0].text(after.first_step, 1.02, words, transform=axes[0, 0].get_xaxis_transform(), ha="center")
-        axes[-1, 0].set_xlabel("optimizer step")
-        figure.savefig(path, dpi=120)
-        plt.close(figure)
+    def _options(self) -> list[str]:
+        return list(dict.fromkeys(series.option for phase in self.phases for series in phase.curves))
 
 
 def preview(trainer: Trainer, model: LightningModule, train_dataloaders: Any = None, datamodule: Any = None) -> Plan:
@@ -285,19 +286,6 @@ def _group_plans(phase: Phase, shapes: Mapping[str, tuple[int, ...]], otherwise:
             decay=f"{group['weight_decay']:g}" if "weight_decay" in group else "-",
             matched_by=(built.rule if built else "") or otherwise,
         )
-
-
-def _lines(table: tuple[GroupPlan, ...]) -> list[str]:
-    """The table in columns, numbers to the right."""
-    if not table:
-        return []
-    rows = [("group", "tensors", "parameters", "lr", "decay", "matched by")]
-    rows += [(row.name, f"{row.tensors:,}", f"{row.parameters:,}", row.lr, row.decay, row.matched_by) for row in table]
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    return [
-        f"         {row[0]:<{widths[0]}}  {'  '.join(f'{row[column]:>{widths[column]}}' for column in range(1, 5))}  {row[5]}"
-        for row in rows
-    ]
 
 
 def _curve(phase: Phase, first: int, last: int | None) -> str:

@@ -25,6 +25,7 @@ from lightning_adaptive.errors import ConfigError, did_you_mean
 from lightning_adaptive.lr_schedulers import describe_schedule
 from lightning_adaptive.noise import find_monitor
 from lightning_adaptive.phases import format_bytes, format_lrs, lrs, state_bytes
+from lightning_adaptive.pictures import panels
 from lightning_adaptive.strategies import running_optimizer
 from lightning_adaptive.switch import find_switch
 
@@ -220,30 +221,6 @@ def explanations(phases: Sequence[PhaseReport]) -> list[str]:
     return lines
 
 
-def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in plain text, its columns two blanks apart.
-
-    >>> print(aligned(["a", "b"], [["10", "2"]]))
-    a   b
-    10  2
-    """
-    lines = [header, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown.
-
-    >>> print(markdown(["a", "b"], [["1", "2"]]))
-    | a | b |
-    |---|---|
-    | 1 | 2 |
-    """
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(("|" + "|".join(line) + "|") if line[0] == "---" else f"| {' | '.join(line)} |" for line in lines)
-
-
 def write_result(path: Path, phases: Sequence[PhaseReport], metrics: Mapping[str, float], **facts: Any) -> None:
     """Writes ``result.json``: metrics, phases, the versions it ran with, and further facts; numbers that are not finite as null.
 
@@ -270,39 +247,23 @@ def picture(metrics_csv: Path, phases: Sequence[PhaseReport], metric: str | None
         metric: name of the monitored metric.
         path: the PNG to write.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
     curves = read_curves(metrics_csv)
-    panels = [
+    shown = [
         ("loss", [name for name in curves if "loss" in name and not name.startswith("test")], "log"),
         (metric or "metric", [name for name in curves if name == metric], "linear"),
         ("learning rate", [name for name in curves if name == "lr" or name.startswith(("lr-", "lr/"))], "log"),
     ]
     if "noise/scale" in curves:
-        panels.append(("gradient noise, samples", ["noise/scale", "noise/batch"], "log"))
-    size = (8, 1 + 2 * len(panels))
-    figure, axes = plt.subplots(len(panels), 1, figsize=size, sharex=True, layout="constrained")
-    for axis, (title, chosen, scale) in zip(axes, panels, strict=True):
-        for name in chosen:
-            steps, values = curves[name]
-            marker = "." if len(steps) < 60 else None
-            axis.plot(steps, values, label=name, marker=marker, linewidth=1.2)
-        for before, after in itertools.pairwise(phases):
-            axis.axvline(after.first_step, color="0.4", linestyle="--", linewidth=1)
-            if axis is axes[0]:
-                words = f"{before.optimizer} → {after.optimizer}"
-                axis.text(after.first_step, 1.02, words, transform=axis.get_xaxis_transform(), ha="center")
-        positive = any(value > 0 for name in chosen for value in curves[name][1])
-        axis.set(ylabel=title, yscale=scale if positive else "linear")
-        axis.grid(alpha=0.3)
-        if 0 < len(chosen) <= 12:
-            axis.legend(loc="best", fontsize="small")
-    axes[-1].set_xlabel("optimizer step")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+        shown.append(("gradient noise, samples", ["noise/scale", "noise/batch"], "log"))
+    switches = [(after.first_step, before.optimizer, after.optimizer) for before, after in itertools.pairwise(phases)]
+    with panels(path, [title for title, _, _ in shown], switches, height=2) as axes:
+        for axis, (_, names, scale) in zip(axes, shown, strict=True):
+            for name in names:
+                steps, values = curves[name]
+                label = name if len(names) <= 12 else None
+                axis.plot(steps, values, label=label, marker="." if len(steps) < 60 else None, linewidth=1.2)
+            positive = any(value > 0 for name in names for value in curves[name][1])
+            axis.set_yscale(scale if positive else "linear")
 
 
 def read_curves(metrics_csv: Path) -> dict[str, tuple[list[int], list[float]]]:

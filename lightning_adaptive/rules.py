@@ -8,12 +8,9 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from lightning_adaptive.errors import ConfigError, ConfigTypeError, is_number
-
-CONDITIONS = ("match", "regex", "module", "ndim", "any")
-"""What a rule can ask of a parameter."""
+from lightning_adaptive.errors import ConfigError, ConfigTypeError, is_number, within
 
 _REGEX_LENGTH = 200
 _COMPARISONS: dict[str, Callable[[int, int], bool]] = {
@@ -108,7 +105,7 @@ class Rule:
         **options: Any,
     ) -> None:
         given = {"match": match, "regex": regex, "module": module, "ndim": ndim, "any": any}
-        conditions = {kind: _READERS[kind](value, kind) for kind, value in given.items() if value is not None}
+        conditions = {kind: _CONDITIONS[kind].read(value, kind) for kind, value in given.items() if value is not None}
         if not conditions:
             raise ConfigError(f"a rule needs a condition, which parameters it is for. Write one of {', '.join(CONDITIONS)}.")
         if lr is not None and lr_scale is not None:
@@ -152,7 +149,7 @@ class Rule:
 
     def holds_in(self, kind: str, parameter: Parameter) -> bool:
         """Whether one of its conditions holds for a parameter."""
-        return any(_TESTS[kind](alternative, parameter) for alternative in self.conditions[kind])
+        return any(_CONDITIONS[kind].holds(alternative, parameter) for alternative in self.conditions[kind])
 
     def __str__(self) -> str:
         """The conditions in words.
@@ -172,14 +169,6 @@ class Rule:
     def __repr__(self) -> str:
         given = {kind: list(values) if len(values) > 1 else values[0] for kind, values in self.conditions.items()}
         return f"Rule({', '.join(f'{name}={value!r}' for name, value in {**given, **self.overrides}.items())})"
-
-
-def named(function: Callable[[Any], Any], value: Any, name: str) -> Any:
-    """Calls a function; its errors say which rule is meant."""
-    try:
-        return function(value)
-    except ConfigError as error:
-        raise error.within(name) from None
 
 
 # What a rule's conditions may be, read when it is made
@@ -224,8 +213,7 @@ def read_regexes(value: Any, kind: str) -> tuple[str, ...]:
 def _dimensions(value: Any, kind: str) -> tuple[int | str, ...]:
     found = _several(value, kind)
     for dimensions in found:
-        is_number = isinstance(dimensions, int) and not isinstance(dimensions, bool) and dimensions >= 0
-        if not is_number and not (isinstance(dimensions, str) and _comparison(dimensions)):
+        if isinstance(dimensions, bool) or not isinstance(dimensions, int | str) or not _comparison(str(dimensions)):
             raise ConfigError(f"{dimensions!r} is no number of dimensions. Write 1, '<2', '>=2', or a list.", kind)
     return tuple(found)
 
@@ -237,16 +225,11 @@ def _comparison(text: str) -> re.Match[str] | None:
 def _alternatives(value: Any, kind: str) -> tuple[Rule, ...]:
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise ConfigTypeError(f"{value!r} is no list of conditions. Write [{{ndim: '<2'}}, {{module: Embedding}}].", kind)
-    return tuple(named(Rule.condition, one, f"{kind}.{index}") for index, one in enumerate(_several(value, kind)))
-
-
-_READERS: dict[str, Callable[[Any, str], tuple[Any, ...]]] = {
-    "match": _globs,
-    "regex": read_regexes,
-    "module": _globs,
-    "ndim": _dimensions,
-    "any": _alternatives,
-}
+    found = []
+    for index, one in enumerate(_several(value, kind)):
+        with within(f"{kind}.{index}"):
+            found.append(Rule.condition(one))
+    return tuple(found)
 
 
 def _learning_rate(value: Any, key: str) -> float | None:
@@ -294,13 +277,20 @@ def _has_dimensions(wanted: int | str, parameter: Parameter) -> bool:
     return _COMPARISONS[found[1] or "=="](len(parameter.size_of_shape()), int(found[2]))
 
 
-_TESTS: dict[str, Callable[[Any, Parameter], bool]] = {
-    "match": _holds_in_name,
-    "regex": _is_found_in_name,
-    "module": _holds_in_class,
-    "ndim": _has_dimensions,
-    "any": Rule.holds,
+class _Condition(NamedTuple):
+    read: Callable[[Any, str], tuple[Any, ...]]
+    holds: Callable[[Any, Parameter], bool]
+
+
+_CONDITIONS = {
+    "match": _Condition(_globs, _holds_in_name),
+    "regex": _Condition(read_regexes, _is_found_in_name),
+    "module": _Condition(_globs, _holds_in_class),
+    "ndim": _Condition(_dimensions, _has_dimensions),
+    "any": _Condition(_alternatives, Rule.holds),
 }
+CONDITIONS = tuple(_CONDITIONS)
+"""What a rule can ask of a parameter."""
 
 
 # What is said of a rule that cannot be meant

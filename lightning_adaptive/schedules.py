@@ -17,7 +17,16 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from lightning_adaptive.durations import Clock, Duration, DurationLike, Warmup, WarmupLike
-from lightning_adaptive.errors import ConfigError, ConfigTypeError, check_count, check_number, check_share, check_word, is_number
+from lightning_adaptive.errors import (
+    ConfigError,
+    ConfigTypeError,
+    check_count,
+    check_number,
+    check_share,
+    check_word,
+    is_number,
+    within,
+)
 
 Factor = Callable[[int], float]
 """Phase step (0-based) to multiplier."""
@@ -31,9 +40,13 @@ class Schedule(ABC):
     multiplies each group's own base value. Those with a warm-up and a shape are subclasses of `Curve`.
     """
 
-    @abstractmethod
     def __call__(self, clock: Clock) -> Factor:
-        """The learning rate's factor.
+        """The learning rate's factor; argument and errors as of `curves`."""
+        return self.curves(clock)["lr"]
+
+    @abstractmethod
+    def curves(self, clock: Clock) -> Mapping[str, Factor]:
+        """A factor for each option that is driven, ``lr`` among them; ``momentum`` stands for beta1 where there are betas.
 
         Args:
             clock: the phase's clock.
@@ -41,10 +54,6 @@ class Schedule(ABC):
         Raises:
             ConfigError: when a duration cannot be counted or does not fit into the span.
         """
-
-    def curves(self, clock: Clock) -> Mapping[str, Factor]:
-        """A factor for each option that is driven, ``lr`` among them; ``momentum`` stands for beta1 where there are betas."""
-        return {"lr": self(clock)}
 
     def with_untuned_warmup(self, beta2: float) -> Schedule:
         """The schedule for an optimizer with this ``beta2``: an ``untuned`` warm-up gets its length, nothing else changes."""
@@ -111,9 +120,6 @@ class Curve(Schedule):
         check_word(self.interval, "interval", ("step", "epoch"))
         check_count(self.frequency, "frequency", "intervals")
 
-    def __call__(self, clock: Clock) -> Factor:
-        return self.curves(clock)["lr"]
-
     def curves(self, clock: Clock) -> Mapping[str, Factor]:
         warmup, steps = self._span(clock)
         period, before = self._period(clock)
@@ -148,7 +154,7 @@ class Curve(Schedule):
 
     def _span(self, clock: Clock) -> tuple[int, int | None]:
         """Steps of the warm-up and of the curve after it."""
-        span = clock.remaining_steps if self.length is None else self._distance("length", clock, clock.remaining_steps)
+        span = clock.remaining_steps if self.length is None else self._steps("length", clock, clock.remaining_steps, least=1)
         if self.warmup == "untuned":
             raise ConfigError(
                 "'untuned' is 2 / (1 - beta2) steps and needs an optimizer with beta2, such as Adam. "
@@ -186,21 +192,11 @@ class Curve(Schedule):
             )
         return steps
 
-    def _steps(self, option: str, clock: Clock, whole: int | None) -> int:
+    def _steps(self, option: str, clock: Clock, whole: int | None, least: int = 0) -> int:
         """An option in steps; a percentage is of the whole."""
         duration = getattr(self, option)
         assert isinstance(duration, Duration)
-        return duration.steps(clock, whole, key=option)
-
-    def _distance(self, option: str, clock: Clock, whole: int | None) -> int:
-        """The same, of at least one step."""
-        return self._at_least_one(self._steps(option, clock, whole), getattr(self, option), option)
-
-    @staticmethod
-    def _at_least_one(steps: int, duration: object, key: str) -> int:
-        if steps == 0:
-            raise ConfigError(f"{duration} rounds to 0 steps of this training.", key)
-        return steps
+        return duration.steps(clock, whole, option, least)
 
     def _within(self, option: str, clock: Clock, steps: int) -> int:
         """An option in steps, of which the curve has enough."""
@@ -289,7 +285,7 @@ class Plateau(Constant):
 class Continue(Schedule):
     """For a switch: the running schedule goes on, on the base values of the next optimizer, with its own clock and first step."""
 
-    def __call__(self, clock: Clock) -> Factor:
+    def curves(self, clock: Clock) -> Mapping[str, Factor]:
         raise ConfigError("there is no running schedule to continue; only a switch has one. Choose another.")
 
 
@@ -337,10 +333,8 @@ class Piecewise(Curve):
         built: list[Mapping[str, Factor]] = []
         for name, begin, end in self._places(clock, steps):
             local = Clock(clock.steps_per_epoch, None if end is None else first + end, first + begin)
-            try:
+            with within(f"pieces.{name}"):
                 built.append(replace(self.pieces[name], length=None).curves(local))
-            except ConfigError as error:
-                raise error.within(f"pieces.{name}") from None
             starts.append(begin)
         if not starts:
             return {"lr": _one}
@@ -358,10 +352,11 @@ class Piecewise(Curve):
             if not isinstance(piece.length, Duration):
                 yield name, begin, steps
                 return
-            length = piece.length.steps(clock, steps, f"pieces.{name}.length")
+            least = 0 if falls_short(piece.length) else 1
+            length = piece.length.steps(clock, steps, f"pieces.{name}.length", least)
             before.append(piece.length)
-            if not (length == 0 and falls_short(piece.length)):
-                yield name, begin, begin + self._at_least_one(length, piece.length, f"pieces.{name}.length")
+            if length:
+                yield name, begin, begin + length
             begin += length
 
     def with_untuned_warmup(self, beta2: float) -> Self:
@@ -393,17 +388,12 @@ class PerOption(Schedule):
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", _by_name(self.options, Schedule, "options"))
 
-    def __call__(self, clock: Clock) -> Factor:
-        return self.curves(clock)["lr"]
-
     def curves(self, clock: Clock) -> Mapping[str, Factor]:
         driven: dict[str, Factor] = {"lr": _one}
         by: dict[str, str] = {}
         for name, schedule in self.options.items():
-            try:
+            with within(f"options.{name}"):
                 curves = dict(schedule.curves(clock))
-            except ConfigError as error:
-                raise error.within(f"options.{name}") from None
             found = {name: curves.pop("lr"), **curves}
             if curves and name != "lr":
                 raise ConfigError(f"also drives {', '.join(curves)}, as only the schedule of lr may.", f"options.{name}")

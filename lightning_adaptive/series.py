@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_adaptive.lr_schedulers import ScheduleLR
@@ -101,7 +100,7 @@ def _stepped(phase: Phase, steps: range, epoch: Epoch) -> Iterator[Values]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch misses the optimizer's steps
             for step in steps:
-                yield _values(phase.optimizer)
+                yield [_options(group) for group in phase.optimizer.param_groups]
                 for around in moving:
                     if _is_due(step, around.get("interval", "epoch"), around.get("frequency", 1), epoch):
                         around["scheduler"].step()
@@ -126,11 +125,8 @@ def _is_due(step: int, interval: str, frequency: int, epoch: Epoch) -> bool:
     return epoch.steps is not None and index + 1 == epoch.steps and (step // epoch.steps + 1) % frequency == 0
 
 
-def _values(optimizer: Optimizer) -> Values:
-    return [dict(_options(group)) for group in optimizer.param_groups]
-
-
-def _options(group: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    yield "lr", float(group["lr"])
+def _options(group: Mapping[str, Any]) -> dict[str, float]:
+    options = {"lr": float(group["lr"])}
     if "momentum" in group or "betas" in group:
-        yield "momentum", float(group["momentum"] if "momentum" in group else group["betas"][0])
+        options["momentum"] = float(group["momentum"] if "momentum" in group else group["betas"][0])
+    return options

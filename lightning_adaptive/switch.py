@@ -22,7 +22,8 @@ from lightning_adaptive.chain import PlannedPhase, Switch, linked
 from lightning_adaptive.combined import class_name
 from lightning_adaptive.durations import Clock, DurationLike
 from lightning_adaptive.errors import CheckpointError, ConfigError, check_count, check_word, within
-from lightning_adaptive.handover import Crossed, Guard, Handover
+from lightning_adaptive.guard import Guard
+from lightning_adaptive.handover import Crossed, Handover
 from lightning_adaptive.lr_schedulers import ScheduleLR, SchedulerConfig, SchedulerFactory, build_scheduler, describe_schedule
 from lightning_adaptive.noise import find_monitor
 from lightning_adaptive.param_groups import Inherit, ParamGroups, Partition, extend, members, named_tensors, split
@@ -30,7 +31,7 @@ from lightning_adaptive.phases import OptimizerFactory, Phase, format_bytes
 from lightning_adaptive.schedules import Continue, Schedule
 from lightning_adaptive.settings import Settings
 from lightning_adaptive.switch_state import SwitchState, check_first_phase, check_later_phase, check_shapes
-from lightning_adaptive.triggers import Projection, Seen, Trigger
+from lightning_adaptive.triggers import Manual, OnNoise, Projection, Seen, Swats, Trigger
 
 
 class OptimizerSwitchCallback(Callback):
@@ -172,7 +173,7 @@ class OptimizerSwitchCallback(Callback):
         Raises:
             ConfigError: when the next switch has no such trigger.
         """
-        if self._next is None or self._next.when is None or not self._next.when.manual():
+        if self._next is None or self._next.when is None or not self._next.when.of_kind(Manual):
             raise ConfigError("this switch cannot be asked for. Give it the trigger Manual(), alone or among others.", "when")
         self._asked = True
 
@@ -242,7 +243,9 @@ class OptimizerSwitchCallback(Callback):
             self._switch(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._watching and self._watching.projecting():
+        if trainer.global_step >= self._guarded_to:  # not at a batch's end: in manual optimization it may hold several updates
+            self._let_loose()
+        if self._watching and self._watching.of_kind(Swats):
             running = self._placement(trainer).optimizer
             if optimizer.param_groups is running.param_groups:  # and not another one of a manual optimization
                 self._lrs = phases.lrs(running)  # at the batch's end the scheduler has been stepped
@@ -255,14 +258,12 @@ class OptimizerSwitchCallback(Callback):
                     f"The first step of {self._state.optimizer} (step {self.first_step}) was skipped, because its gradients were "
                     "not finite. It counts as a step."
                 )
-        if trainer.global_step >= self._guarded_to:
-            self._let_loose()
         if self._watching and trainer.global_step != self._looked:
             self._look(trainer, self._watching)
         self._looked = trainer.global_step
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        names = self._watching.monitors() if self._watching else ()
+        names = self._watching.monitors() if self._watching else []
         if names and trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._observe(trainer, Seen(trainer.global_step, _clock(trainer), trainers.agreed_metrics(trainer, names)))
 
@@ -336,7 +337,7 @@ class OptimizerSwitchCallback(Callback):
         if handover.looks:
             key = "lr" if handover.matches else "momentum" if handover.momentum == "carry" else "guard"
             placement.check_state("a handover of what the running optimizer knows", f"handover.{key}")
-        if switch.when is not None and switch.when.projecting():
+        if switch.when is not None and switch.when.of_kind(Swats):
             placement.check_state("SWATS", "when")
             placement.check_gradients(running, "when")
 
@@ -399,7 +400,7 @@ class OptimizerSwitchCallback(Callback):
                     "validation_step, validation data and limit_val_batches above 0 are needed.",
                     key,
                 )
-            if switch.when.noise() and find_monitor(trainer) is None:
+            if switch.when.of_kind(OnNoise) and find_monitor(trainer) is None:
                 raise ConfigError(
                     "OnNoise reads what GradientNoiseMonitor measures, which is not among the callbacks. Add it: callbacks=noise, "
                     "or GradientNoiseMonitor() in Python.",
@@ -412,16 +413,16 @@ class OptimizerSwitchCallback(Callback):
 
     def _look(self, trainer: Trainer, trigger: Trigger) -> None:
         """What a trigger sees after a step, in those steps in which it looks."""
-        step, manual = trainer.global_step, trigger.manual()
+        step, manual = trainer.global_step, trigger.of_kind(Manual)
         seen = Seen(step, _clock(trainer))
         if any(step % one.every_n_steps == 0 for one in manual):
             asked, self._asked = trainers.is_asked(trainer, self._asked, [one.file for one in manual]), False
             seen = replace(seen, asked=asked)
         if step >= trigger.first_step(seen.clock):
-            if any(step % one.every_n_steps == 0 for one in trigger.projecting()):
+            if any(step % one.every_n_steps == 0 for one in trigger.of_kind(Swats)):
                 seen = replace(seen, projections=self._projections(trainer))
             monitor = find_monitor(trainer)
-            if monitor is not None and any(step % one.every_n_steps == 0 for one in trigger.noise()):
+            if monitor is not None and any(step % one.every_n_steps == 0 for one in trigger.of_kind(OnNoise)):
                 seen = replace(seen, noise=monitor.values())
         if seen.asked or seen.projections is not None or seen.noise is not None:
             self._observe(trainer, seen)
@@ -559,10 +560,9 @@ class OptimizerSwitchCallback(Callback):
         # In global steps, which a step that the scaler skips counts as well: so a resumed run knows where the window ends.
         steps = self.chain[self.phase - 1].handover.guard_steps(_clock(trainer, self.first_step))
         self._guarded_to = self.first_step + steps
-        left = self._guarded_to - trainer.global_step
-        if left > 0:
+        if trainer.global_step < self._guarded_to:
             placement = self._placement(trainer)
-            self._guard = Guard(placement.optimizer, self._state.limit, left, placement.whole)
+            self._guard = Guard(placement.optimizer, self._state.limit, placement.whole)
 
     def _let_loose(self) -> None:
         if self._guard is not None:

@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from lightning_adaptive.durations import Clock, Duration, DurationLike
 from lightning_adaptive.errors import ConfigError, ConfigTypeError, check_count, check_number, check_share, check_word, did_you_mean
@@ -95,47 +95,52 @@ class Trigger(ABC):
         Raises:
             ConfigError: when `not_before` cannot be counted.
         """
-        return 0 if self.not_before is None else self._not_before.steps(clock, clock.total_steps, "not_before")
-
-    @property
-    def _not_before(self) -> Duration:
+        if self.not_before is None:
+            return 0
         assert isinstance(self.not_before, Duration)
-        return self.not_before
+        return self.not_before.steps(clock, clock.total_steps, "not_before")
 
-    def monitors(self) -> tuple[str, ...]:
-        """Names of the metrics that it looks at, after each validation."""
-        return ()
+    def walk(self, memory: Memory) -> Iterator[Node]:
+        """Itself and then, of several, each of its members, with what it remembers of what the whole does."""
+        yield Node((), self, memory)
 
-    def manual(self) -> tuple[Manual, ...]:
-        """What lets a person ask for the switch."""
-        return ()
+    def of_kind(self, kind: type[T]) -> list[T]:
+        """What is of a kind of trigger, of itself and its members."""
+        return [node.trigger for node in self.walk({}) if isinstance(node.trigger, kind)]
 
-    def projecting(self) -> tuple[Swats, ...]:
-        """What looks at the steps of the running optimizer."""
-        return ()
+    def monitors(self) -> list[str]:
+        """Names of the metrics that are looked at, after each validation."""
+        return [trigger.monitor for trigger in self.of_kind(OnMetric)]  # type: ignore[type-abstract] # it is only asked for
 
-    def noise(self) -> tuple[OnNoise, ...]:
-        """What looks at the gradient noise."""
-        return ()
+    def estimate(self, memory: Memory) -> dict[str, float]:
+        """Learning rates for SGD, of the first that has found some, by name of the running group; by none for the whole model."""
+        found = (node.trigger._estimate(node.memory) for node in self.walk(memory))
+        return next((estimate for estimate in found if estimate), {})
+
+    def shows(self, memory: Memory) -> dict[str, float]:
+        """What it sees now, in numbers to log, by the names that lead there: ``both/low/val/loss``."""
+        return {
+            "/".join((*node.names, key)): value
+            for node in self.walk(memory)
+            for key, value in node.trigger._shows(node.memory).items()
+        }
+
+    def reasons(self, memory: Memory) -> dict[str, str]:
+        """Why it has fired, and which of its members have, by name, ``both.low``; its own is empty."""
+        return {".".join(node.names): node.memory["fired"] for node in self.walk(memory) if "fired" in node.memory}
+
+    def passed_over(self, memory: Memory) -> int:
+        """Number of values that were not finite."""
+        return sum(int(node.memory.get("passed_over", 0)) for node in self.walk(memory))
 
     @abstractmethod
     def _observe(self, memory: Memory, seen: Seen) -> dict[str, Any]: ...
 
-    def estimate(self, memory: Memory) -> dict[str, float]:
-        """Learning rates for SGD that it has found, by name of the running group; one for the whole model by the empty name."""
+    def _estimate(self, memory: Memory) -> dict[str, float]:
         return {}
 
-    def shows(self, memory: Memory) -> dict[str, float]:
-        """What it sees now, in numbers to log."""
+    def _shows(self, memory: Memory) -> dict[str, float]:
         return {}
-
-    def reasons(self, memory: Memory) -> dict[str, str]:
-        """Why it has fired, and which of its members have, by name; its own is empty."""
-        return {"": memory["fired"]} if "fired" in memory else {}
-
-    def passed_over(self, memory: Memory) -> int:
-        """Number of values that were not finite."""
-        return int(memory.get("passed_over", 0))
 
     def __str__(self) -> str:
         given = (
@@ -144,6 +149,17 @@ class Trigger(ABC):
             if getattr(self, option.name) is not None and getattr(self, option.name) != option.default
         )
         return f"{type(self).__name__}({', '.join(given)})"
+
+
+T = TypeVar("T", bound=Trigger)
+
+
+class Node(NamedTuple):
+    """A trigger where it stands: the names that lead to it, and what it remembers."""
+
+    names: tuple[str, ...]
+    trigger: Trigger
+    memory: Memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,9 +181,6 @@ class OnMetric(Trigger):
             raise ConfigTypeError(f"{self.monitor!r} is no name of a metric. Write one that is logged, val/loss.", "monitor")
         check_share(self.smoothing, "smoothing", "It is a share of the past.", below_one=True)
 
-    def monitors(self) -> tuple[str, ...]:
-        return (self.monitor,)
-
     def _observe(self, memory: Memory, seen: Seen) -> dict[str, Any]:
         # A resumed run may repeat the validation that it was saved after.
         if seen.metrics is None or memory.get("step") == seen.step or "fired" in memory:
@@ -187,7 +200,7 @@ class OnMetric(Trigger):
     @abstractmethod
     def _look(self, memory: dict[str, Any], value: float) -> dict[str, Any]: ...
 
-    def shows(self, memory: Memory) -> dict[str, float]:
+    def _shows(self, memory: Memory) -> dict[str, float]:
         return {self.monitor: memory["value"]} if "value" in memory else {}
 
 
@@ -237,8 +250,8 @@ class OnPlateau(OnMetric):
         words = "below" if self.mode == "min" else "above"
         return {**after, "fired": f"{self.monitor} has not been {words} {best:.4g} for {waited} validations"}
 
-    def shows(self, memory: Memory) -> dict[str, float]:
-        return {**super().shows(memory), **{name: memory[name] for name in ("best", "waited") if name in memory}}
+    def _shows(self, memory: Memory) -> dict[str, float]:
+        return {**super()._shows(memory), **{name: memory[name] for name in ("best", "waited") if name in memory}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,11 +271,8 @@ class OnThreshold(OnMetric):
         _check_threshold(self.above, self.below)
 
     def _look(self, memory: dict[str, Any], value: float) -> dict[str, Any]:
-        if self.above is not None and value > self.above:
-            return {**memory, "fired": f"{self.monitor} is {value:.4g}, above {self.above:g}"}
-        if self.below is not None and value < self.below:
-            return {**memory, "fired": f"{self.monitor} is {value:.4g}, below {self.below:g}"}
-        return memory
+        passed, limit = _passed(value, self.above, self.below)
+        return {**memory, "fired": f"{self.monitor} is {value:.4g}, {limit}"} if passed else memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,9 +292,6 @@ class Manual(Trigger):
         if not isinstance(self.file, str) or not self.file or "/" in self.file or self.file.startswith("."):
             raise ConfigError(f"{self.file!r} is no name of a file in the run's folder.", "file")
         check_count(self.every_n_steps, "every_n_steps", "steps")
-
-    def manual(self) -> tuple[Manual, ...]:
-        return (self,)
 
     def _observe(self, memory: Memory, seen: Seen) -> dict[str, Any]:
         return {**memory, "fired": "it was asked for"} if seen.asked else dict(memory)
@@ -344,10 +351,7 @@ class Swats(Trigger):
         check_count(self.patience, "patience", "looks")
         check_count(self.every_n_steps, "every_n_steps", "steps")
 
-    def projecting(self) -> tuple[Swats, ...]:
-        return (self,)
-
-    def estimate(self, memory: Memory) -> dict[str, float]:
+    def _estimate(self, memory: Memory) -> dict[str, float]:
         found = {name: group.get("settled_at", group.get("lr")) for name, group in memory.get("groups", {}).items()}
         return {name: lr for name, lr in found.items() if lr is not None and lr > 0}
 
@@ -360,10 +364,9 @@ class Swats(Trigger):
         if not all(math.isfinite(one.update) and math.isfinite(one.along) for one in seen_by.values()):
             return {**memory, "passed_over": memory.get("passed_over", 0) + 1}
         count = memory.get("count", 0) + 1
-        look = self._paper if self.criterion == "paper" else self._relative
         before = memory.get("groups", {})
         groups = {
-            name: look(before.get(name, {}), one, count)
+            name: self._look(before.get(name, {}), one, count)
             for name, one in seen_by.items()
             if name in before or one.update or one.along
         }
@@ -373,7 +376,12 @@ class Swats(Trigger):
         lrs = ", ".join(f"{name or 'one'} {group['settled_at']:.4g}" for name, group in groups.items())
         return {**after, "fired": f"the learning rate for SGD has settled, at {lrs.removeprefix('one ')}"}
 
-    def _paper(self, before: Mapping[str, Any], seen: Projection, count: int) -> dict[str, Any]:
+    def _look(self, before: Memory, seen: Projection, count: int) -> dict[str, Any]:
+        """What is remembered of a group; where one has settled, it stays."""
+        after = self._paper(before, seen, count) if self.criterion == "paper" else self._relative(before, seen, count)
+        return {**after, "settled_at": before["settled_at"]} if "settled_at" in before else after
+
+    def _paper(self, before: Memory, seen: Projection, count: int) -> dict[str, Any]:
         after = dict(before)
         if seen.along == 0:
             return after
@@ -382,17 +390,17 @@ class Swats(Trigger):
         lr = average / (1 - seen.beta2**count)
         after |= {"average": average, "lr": lr, "gap": abs(lr - gamma)}
         if count > 1 and after["gap"] < self.eps and lr > 0:
-            after.setdefault("settled_at", lr)
+            after["settled_at"] = lr
         return after
 
-    def _relative(self, before: Mapping[str, Any], seen: Projection, count: int) -> dict[str, Any]:
+    def _relative(self, before: Memory, seen: Projection, count: int) -> dict[str, Any]:
         parts = {"update": seen.update / seen.lr**2, "along": seen.along / seen.lr}
-        after = {
+        after: dict[str, Any] = {
             f"{part}_{length}": before.get(f"{part}_{length}", 0.0) * (1 - 1 / looks) + value / looks
             for length, looks in (("short", self.window), ("long", 10 * self.window))
             for part, value in parts.items()
         }
-        after |= {"agreed": 0, **({"settled_at": before["settled_at"]} if "settled_at" in before else {})}
+        after["agreed"] = 0
         if after["along_short"] <= 0 or after["along_long"] <= 0:
             return after
         # Both begin at zero, and so do over and under alike: the ratios need no correction.
@@ -401,10 +409,10 @@ class Swats(Trigger):
         if count >= 2 * self.window and after["gap"] <= self.rtol:
             after["agreed"] = before.get("agreed", 0) + 1
         if after["agreed"] >= self.patience:
-            after.setdefault("settled_at", lr)
+            after["settled_at"] = lr
         return after
 
-    def shows(self, memory: Memory) -> dict[str, float]:
+    def _shows(self, memory: Memory) -> dict[str, float]:
         return {
             "/".join(filter(None, (name, key))): group[key]
             for name, group in memory.get("groups", {}).items()
@@ -447,24 +455,20 @@ class OnNoise(Trigger):
         check_count(self.patience, "patience", "looks")
         check_count(self.every_n_steps, "every_n_steps", "steps")
 
-    def noise(self) -> tuple[OnNoise, ...]:
-        return (self,)
-
     def _observe(self, memory: Memory, seen: Seen) -> dict[str, Any]:
         if not seen.noise or seen.step % self.every_n_steps or "fired" in memory:
             return dict(memory)
         scale, batch = seen.noise["noise/scale"], seen.noise["noise/batch"]
         value = scale / batch if self.of == "batch" else scale
-        passed = value > self.above if self.above is not None else value < self.below  # type: ignore[operator] # one is given
+        passed, limit = _passed(value, self.above, self.below)
         held = memory.get("held", 0) + 1 if passed else 0
         after = {**memory, "scale": scale, "batch": batch, "held": held}
         if held < self.patience:
             return after
-        limit = f"above {self.above:g}" if self.above is not None else f"below {self.below:g}"
         words = f"the gradient noise scale is {scale:.4g} samples, {scale / batch:.3g} batches of {batch:g}, {limit} {self.of}"
         return {**after, "fired": f"{words} for {held} looks"}
 
-    def shows(self, memory: Memory) -> dict[str, float]:
+    def _shows(self, memory: Memory) -> dict[str, float]:
         return {name: memory[name] for name in ("scale", "batch") if name in memory}
 
 
@@ -496,22 +500,11 @@ class Combined(Trigger):
             assert trigger is not None
             yield name, trigger
 
-    def monitors(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for _, trigger in self.members() for name in trigger.monitors()))
-
-    def manual(self) -> tuple[Manual, ...]:
-        return tuple(found for _, trigger in self.members() for found in trigger.manual())
-
-    def projecting(self) -> tuple[Swats, ...]:
-        return tuple(found for _, trigger in self.members() for found in trigger.projecting())
-
-    def noise(self) -> tuple[OnNoise, ...]:
-        return tuple(found for _, trigger in self.members() for found in trigger.noise())
-
-    def estimate(self, memory: Memory) -> dict[str, float]:
-        of = memory.get("of", {})
-        found = (trigger.estimate(of.get(name, {})) for name, trigger in self.members())
-        return next((estimate for estimate in found if estimate), {})
+    def walk(self, memory: Memory) -> Iterator[Node]:
+        yield from super().walk(memory)
+        for name, trigger in self.members():
+            for node in trigger.walk(memory.get("of", {}).get(name, {})):
+                yield node._replace(names=(name, *node.names))
 
     def _observe(self, memory: Memory, seen: Seen) -> dict[str, Any]:
         of: dict[str, Any] = {}
@@ -530,25 +523,6 @@ class Combined(Trigger):
     @staticmethod
     def _joined(fired: Mapping[str, str]) -> str:
         return " and ".join(f"{name}: {reason}" for name, reason in fired.items())
-
-    def shows(self, memory: Memory) -> dict[str, float]:
-        of = memory.get("of", {})
-        return {
-            f"{name}/{key}": value for name, trigger in self.members() for key, value in trigger.shows(of.get(name, {})).items()
-        }
-
-    def passed_over(self, memory: Memory) -> int:
-        of = memory.get("of", {})
-        return sum(trigger.passed_over(of.get(name, {})) for name, trigger in self.members())
-
-    def reasons(self, memory: Memory) -> dict[str, str]:
-        of = memory.get("of", {})
-        inner = {
-            f"{name}.{key}".rstrip("."): reason
-            for name, trigger in self.members()
-            for key, reason in trigger.reasons(of.get(name, {})).items()
-        }
-        return {**super().reasons(memory), **inner}
 
     def __str__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}: {trigger}' for name, trigger in self.members())})"
@@ -575,3 +549,11 @@ def _check_threshold(above: Any, below: Any) -> None:
     check_number(value, option)
     if not math.isfinite(float(value)):
         raise ConfigError(f"{value!r} is never passed. Write a finite number.", option)
+
+
+def _passed(value: float, above: float | None, below: float | None) -> tuple[bool, str]:
+    """Whether a value has passed the one of the two thresholds that is given, and that in words."""
+    if above is not None:
+        return value > above, f"above {above:g}"
+    assert below is not None
+    return value < below, f"below {below:g}"

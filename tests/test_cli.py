@@ -358,10 +358,11 @@ def test_a_recipe_reaches_no_further_than_the_run(recipe: str, fault: str, train
     assert os.listdir(tmp_path) == ["recipes"]
 
 
-def test_choices_of_ones_own_folder_are_known_to_a_mistake(own_folder: Path, train: Run) -> None:
-    ended = train("-cd", "./conf", "task=mime")
+@pytest.mark.parametrize("flag", [("-cd", "./conf"), ("--config-dir=./conf",)])
+def test_choices_of_ones_own_folder_are_known_to_a_mistake(flag: tuple[str, ...], own_folder: Path, train: Run) -> None:
+    ended = train(*flag, "task=mime")
     assert ended.err == "lightning-adaptive: task=mime: task has no 'mime'. Did you mean 'mine'? Choices: digits, mine.\n"
-    ended = train("-cd", "./conf", "task=mine", "task.module.wdth=3")
+    ended = train(*flag, "task=mine", "task.module.wdth=3")
     assert ended.err == (
         "lightning-adaptive: task.module.wdth=3: there is no key 'wdth' in task.module. Did you mean 'width'? Keys: width.\n"
     )

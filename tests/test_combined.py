@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import OmegaConf
 from torch import nn
@@ -33,12 +33,12 @@ from lightning_adaptive import (
     attach,
     config,
 )
-from lightning_adaptive.combined import class_name
+from lightning_adaptive.combined import class_name, part_of_each_group
 from tests.cli import SHORT, Run
-from tests.cpu_strategies import STRATEGIES, ShardableNet, whole_weights
+from tests.cpu_strategies import STRATEGIES, ShardableNet
+from tests.grouped import Seen, fit, fit_saved
 from tests.pair import Pair
 from tests.support import Net, counted_steps, dataset, digest, loader, trainer, weights
-from tests.test_groups_in_runs import Seen
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint")
 
@@ -187,7 +187,7 @@ def test_a_group_is_added_to_the_optimizer_of_its_name() -> None:
     with pytest.raises(TypeError, match="can only optimize Tensors"):
         optimizer.add_param_group({"params": ["no tensor"], "name": "hidden"})
     assert [group["lr"] for group in optimizer.param_groups] == [3e-3, 0.02, 3e-3, 0.5, 3e-3]
-    assert [type(part).__name__ for part in optimizer.part_of_each_group()] == ["AdamW", "Muon", "AdamW", "Muon", "AdamW"]
+    assert [type(part).__name__ for part in part_of_each_group(optimizer)] == ["AdamW", "Muon", "AdamW", "Muon", "AdamW"]
     for tensor in other.parameters():
         tensor.grad = torch.ones_like(tensor)
     optimizer.step()
@@ -209,14 +209,6 @@ def test_it_is_told_by_its_members() -> None:
 
 
 # Under Lightning
-
-
-def fit(module: LightningModule, *callbacks: Callback, **options: Any) -> tuple[Trainer, Seen]:
-    """Two epochs of eight steps."""
-    seen = Seen()
-    runner = trainer(**{"max_epochs": 2, "callbacks": [*callbacks, seen], **options})
-    runner.fit(module, loader())
-    return runner, seen
 
 
 def switch(optimizer: Any, groups: Any = "inherit", at: str = "1ep", **options: Any) -> OptimizerSwitchCallback:
@@ -302,45 +294,17 @@ def test_the_old_ones_and_their_state_are_freed_without_the_garbage_collector(re
 # The same run back
 
 
-class Ended(Callback):
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.weights = whole_weights(trainer)
-
-
-def train(
-    folder: Path, strategy: str | None, resumed_from: int | None = None, optimizer: Any = COMBINED
-) -> tuple[dict[str, torch.Tensor], list[Any]]:
-    """Six epochs: several optimizers, SGD from the third, several again from the fifth. Saves each epoch unless it was resumed."""
-    warnings.simplefilter("ignore")
-    seed_everything(1, verbose=False)
+def train(folder: Path, strategy: str | None, resumed_from: int = 0, optimizer: Any = COMBINED) -> Seen:
+    """Six epochs: several optimizers, SGD from the third, several again from the fifth."""
     module = attach(ShardableNet(), optimizer=optimizer, scheduler=Cosine(), param_groups=RULES)
     chain = switch(TO_SGD, at="2ep", scheduler=Cosine(), then=switch(optimizer, at="4ep", scheduler=Cosine()))
-    saver = ModelCheckpoint(folder, filename="epoch{epoch}", auto_insert_metric_name=False, save_top_k=-1)
-    saving = [] if resumed_from else [saver]
-    options = {"strategy": STRATEGIES[strategy](), "devices": 2} if strategy else {}
-    ended, seen = Ended(), Seen()
-    runner = trainer(max_epochs=6, callbacks=[chain, ended, seen, *saving], enable_checkpointing=bool(saving), **options)
-    path = folder / f"epoch{resumed_from - 1}.ckpt" if resumed_from else None
-    runner.fit(module, loader(), ckpt_path=path, weights_only=None if strategy else True)
-    return ended.weights, seen.groups
+    return fit_saved(folder, module, chain, 6, strategy, resumed_from)
 
 
 def resumes(folder: Path, strategy: str | None) -> list[bool]:
     """Whether it resumes bit for bit from each epoch's end, in all phases and at each switch."""
-    whole, groups = train(folder, strategy)
-    found = []
-    for epoch in range(1, 6):
-        ended, resumed = train(folder, strategy, resumed_from=epoch)
-        same = all(torch.equal(whole[name], ended[name]) for name in whole)
-        count = len(groups) * (6 - epoch) // 6
-        found.append(
-            same and len(resumed) == count and [lrs(group) for group in resumed] == [lrs(group) for group in groups[-count:]]
-        )
-    return found
-
-
-def lrs(groups: dict[str, Any]) -> dict[str, Any]:
-    return {name: (lr, decay) for name, (lr, decay, _) in groups.items()}
+    whole = train(folder, strategy)
+    return [whole.goes_on_in(train(folder, strategy, epoch)) for epoch in range(1, 6)]
 
 
 def test_a_run_resumes_bit_for_bit_from_either_side_of_each_switch(tmp_path: Path) -> None:
@@ -669,7 +633,7 @@ def test_one_without_state_is_refused_where_it_could_not_be_loaded(pair: Pair) -
 
 
 def difference(strategy: str, folder: Path) -> dict[str, torch.Tensor]:
-    return train(folder, strategy, optimizer=FLAT)[0]
+    return train(folder, strategy, optimizer=FLAT).weights
 
 
 @pytest.mark.slow
@@ -681,11 +645,6 @@ def test_shards_end_with_the_weights_of_whole_parameters(pair: Pair, tmp_path: P
 
 
 # The command line
-
-
-@pytest.fixture
-def run(command_line: Run) -> Run:
-    return partial(command_line, "train")
 
 
 MYLAB = """
@@ -712,8 +671,8 @@ def mylab(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("mylab")
-def test_one_value_of_one_optimizer_is_an_override(run: Run) -> None:
-    ended = run(*OWN, "optimizer=muon", "param_groups=muon", "switch=none", "optimizer.optimizers.hidden.lr=0.01")
+def test_one_value_of_one_optimizer_is_an_override(train: Run) -> None:
+    ended = train(*OWN, "optimizer=muon", "param_groups=muon", "switch=none", "optimizer.optimizers.hidden.lr=0.01")
     assert ended.code == 0, ended.err
     told = ended.out + ended.err
     assert "phase 1  AdamW(default)+Muon(hidden) steps 0..3  cosine  lr 3.0e-04/1.0e-02 -> " in told
@@ -727,9 +686,9 @@ def test_one_value_of_one_optimizer_is_an_override(run: Run) -> None:
 
 
 @pytest.mark.usefixtures("mylab")
-def test_it_is_chosen_for_a_switch_as_others_are(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+def test_it_is_chosen_for_a_switch_as_others_are(train: Run, caplog: pytest.LogCaptureFixture) -> None:
     chosen = ("optimizer@switch.optimizer=muon", "param_groups@switch.param_groups=muon", "switch.at=2st")
-    ended = run(*OWN, *chosen, "switch.optimizer.optimizers.default.lr=2e-3")
+    ended = train(*OWN, *chosen, "switch.optimizer.optimizers.default.lr=2e-3")
     assert ended.code == 0, ended.err
     assert "-> AdamW(default)+Muon(hidden) lr 2.0e-03/2.0e-02 (own), because at=2st was reached; " in caplog.text
 
@@ -755,7 +714,7 @@ def test_it_is_chosen_for_a_switch_as_others_are(run: Run, caplog: pytest.LogCap
         ),
     ],
 )
-def test_a_net_that_does_not_fit_gets_one_line(overrides: tuple[str, ...], message: str, run: Run) -> None:
-    ended = run("optimizer=muon", "switch=none", *overrides, *SHORT)
+def test_a_net_that_does_not_fit_gets_one_line(overrides: tuple[str, ...], message: str, train: Run) -> None:
+    ended = train("optimizer=muon", "switch=none", *overrides, *SHORT)
     assert ended.err == f"lightning-adaptive: {message}\n"
     assert ended.code == 2

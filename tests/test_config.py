@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 import pickle
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -411,78 +409,6 @@ def test_what_a_class_says_it_takes_is_not_second_guessed() -> None:
     config.optimizer_factory(node(_target_="torch.optim.Adam", weight_decay=0.1))  # its default is the integer 0
     config.optimizer_factory(node(_target_="torch.optim.LBFGS", max_eval=None, line_search_fn="strong_wolfe"))
     config.trainer(node(_target_="lightning.pytorch.Trainer", accelerator="cpu", devices="1", val_check_interval=0.5, logger=False))
-
-
-# Code that a config names: nothing of it runs before its package was found to be installed or trusted
-
-
-@pytest.fixture
-def side_effect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A module in the working folder that leaves a mark when it is imported; answers where the mark would be."""
-    mark = tmp_path / "imported"
-    (tmp_path / "side_effect.py").write_text(
-        f"import pathlib\nimport torch\npathlib.Path({str(mark)!r}).touch()\nclass Opt(torch.optim.SGD):\n    pass\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delenv(TRUST_VARIABLE, raising=False)
-    yield mark
-    sys.modules.pop("side_effect", None)
-
-
-def test_a_module_of_the_working_folder_is_refused_before_it_is_imported(side_effect: Path) -> None:
-    with pytest.raises(ConfigError) as caught:
-        config.optimizer_factory(node(_target_="side_effect.Opt", lr=0.1))
-    assert str(caught.value) == (
-        "optimizer._target_: 'side_effect' is not an installed package. If it is your own code, say so outside the config: "
-        "--trust side_effect, or LIGHTNING_ADAPTIVE_TRUST=side_effect."
-    )
-    assert not side_effect.exists()
-    assert "side_effect" not in sys.modules
-
-
-@pytest.mark.parametrize("trusted", ["side_effect", "other:side_effect", "side_effect.Opt"])
-def test_a_trusted_module_of_the_working_folder_is_used(side_effect: Path, trusted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(TRUST_VARIABLE, trusted)
-    factory = config.optimizer_factory(node(_target_="side_effect.Opt", lr=0.1))
-    assert type(factory(parameters())).__name__ == "Opt"
-    assert side_effect.exists()
-
-
-@pytest.mark.parametrize("trusted", ["side", "", "side_effect.Optimizer"])
-def test_trust_is_for_whole_names(side_effect: Path, trusted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(TRUST_VARIABLE, trusted)
-    with pytest.raises(ConfigError, match="not an installed package"):
-        config.optimizer_factory(node(_target_="side_effect.Opt"))
-    assert not side_effect.exists()
-
-
-def test_the_standard_library_cannot_be_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(TRUST_VARIABLE, "os")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="which a config may never name"):
-        config.optimizer_factory(node(_target_="os.system", command="touch ran"))
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    "target",
-    [
-        "torch.utils.collect_env.run",  # a shell, in an installed package
-        "torch.load",
-        "torch.hub.load",
-        "numpy.load",
-        "torch.optim.adam.os.system",  # the standard library behind an installed name
-        "logging.os.system",
-        "antigravity.webbrowser",
-    ],
-)
-def test_functions_of_installed_packages_do_not_run(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError) as caught:
-        config.optimizer_factory(node(_target_=target, command="touch ran", f="x", repo_or_dir=".", file="x"))
-    assert caught.value.key == "optimizer._target_", "it is refused itself, and not its options"
-    assert os.listdir(tmp_path) == []
 
 
 def test_an_import_that_fails_within_a_trusted_module_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

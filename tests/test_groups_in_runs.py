@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning
 from torch import nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, Rprop
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -28,11 +28,11 @@ from lightning_adaptive import (
     attach,
 )
 from lightning_adaptive.param_groups import NO_DECAY
-from lightning_adaptive.plan import Plan, plan
 from tests.cli import SHORT, Run, runs
-from tests.cpu_strategies import STRATEGIES, ShardableNet, whole_weights
+from tests.cpu_strategies import STRATEGIES, ShardableNet
+from tests.grouped import Seen, fit, fit_saved
 from tests.pair import Pair
-from tests.support import Net, ValidatedNet, digest, loader, trainer
+from tests.support import Net, ValidatedNet, loader, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint")
 
@@ -40,36 +40,6 @@ FREE = {**NO_DECAY, "weight_decay": 0}
 """The preset ``no_decay``."""
 
 BIASES = ParamGroups(biases={"ndim": 1, "weight_decay": 0, "lr_scale": 2}, last={"match": "net.2.*", "lr": 0.05})
-
-
-class Seen(Callback):
-    """Names, base and current learning rates, decays and members of the groups at each step, and the plan."""
-
-    def __init__(self) -> None:
-        self.groups: list[dict[str, tuple[float, float | None, tuple[str, ...]]]] = []
-        self.plan: Plan | None = None
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.plan = plan(trainer)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        names = {id(tensor): name for name, tensor in pl_module.named_parameters()}
-        self.groups.append(
-            {
-                group.get("name", ""): (
-                    group["lr"],
-                    group.get("weight_decay"),
-                    tuple(names.get(id(tensor), "?") for tensor in group["params"]),
-                )
-                for group in trainer.optimizers[0].param_groups
-            }
-        )
-
-    def lrs(self, step: int) -> dict[str, float]:
-        return {name: lr for name, (lr, _, _) in self.groups[step].items()}
-
-    def members(self, step: int = -1) -> dict[str, tuple[str, ...]]:
-        return {name: members for name, (_, _, members) in self.groups[step].items()}
 
 
 class Bare(Net):
@@ -105,14 +75,6 @@ class Vit(nn.Module):
         self.blocks = nn.Sequential(*(Block(width) for _ in range(blocks)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 10)
-
-
-def fit(module: LightningModule, *callbacks: Callback, **options: Any) -> tuple[Trainer, Seen]:
-    """Two epochs of eight steps."""
-    seen = Seen()
-    runner = trainer(**{"max_epochs": 2, "callbacks": [*callbacks, seen], **options})
-    runner.fit(module, loader(), loader() if isinstance(module, ValidatedNet) else None)
-    return runner, seen
 
 
 def switch(groups: Any = "inherit", optimizer: Any = None, at: str = "1ep", **options: Any) -> OptimizerSwitchCallback:
@@ -375,41 +337,27 @@ def test_what_only_requires_a_gradient_again_is_trained_by_the_next_rules_and_by
 # The same run back
 
 
-def train(folder: Path, groups: Any, later: Any, resumed_from: int | None = None, **options: Any) -> tuple[str, list[Any]]:
-    """Four epochs with a switch after the second; saves each unless it was resumed."""
-    warnings.simplefilter("ignore")
-    seed_everything(1, verbose=False)
-    module = attach(Net(), optimizer=partial(AdamW, lr=1e-2, weight_decay=0.1), scheduler=Cosine(), param_groups=groups)
-    saver = ModelCheckpoint(folder, filename="epoch{epoch}", auto_insert_metric_name=False, save_top_k=-1)
-    saving = [] if resumed_from else [saver]
-    distributed = {"strategy": "ddp", "devices": 2} if torch.distributed.is_torchelastic_launched() else {}
-    seen, policy = Seen(), options.pop("on_resume", "error")
-    runner = trainer(
-        max_epochs=4,
-        callbacks=[switch(later, at="2ep", scheduler=Cosine(), on_resume=policy), seen, *saving],
-        enable_checkpointing=bool(saving),
-        **distributed,
-    )
-    path = folder / f"epoch{resumed_from - 1}.ckpt" if resumed_from else None
-    runner.fit(module, loader(), ckpt_path=path, weights_only=True)
-    return digest(module), seen.groups
+def train(folder: Path, groups: Any, later: Any, resumed_from: int = 0, strategy: str | None = None, policy: str = "error") -> Seen:
+    """Four epochs with a switch after the second."""
+    optimizer = partial(AdamW, lr=1e-2, weight_decay=0.1)
+    module = attach(ShardableNet(), optimizer=optimizer, scheduler=Cosine(), param_groups=groups)
+    to_sgd = switch(later, at="2ep", scheduler=Cosine(), on_resume=policy)
+    return fit_saved(folder, module, to_sgd, 4, strategy, resumed_from)
 
 
 FIRST = ParamGroups(no_decay=FREE, last={"match": "net.2.weight", "lr": 0.03, "betas": [0.8, 0.99]})
 LATER = ParamGroups(biases={"ndim": 1, "weight_decay": 0, "momentum": 0.5}, last={"match": "net.2.*", "lr": 0.05})
 
 
-def resumes(folder: Path) -> list[Any]:
-    whole, groups = train(folder, FIRST, LATER)
-    found = []
-    for epoch in (1, 2, 3):
-        weights, resumed = train(folder, FIRST, LATER, resumed_from=epoch)
-        found.append((weights == whole, resumed == groups[-len(resumed) :], len(resumed) * 4 == len(groups) * (4 - epoch)))
-    return found
+def resumes(folder: Path, strategy: str | None = None) -> list[bool]:
+    """Whether it resumes bit for bit before the switch, at it, and after it."""
+    later = "inherit" if strategy and strategy.startswith("deepspeed") else LATER
+    whole = train(folder, FIRST, later, strategy=strategy)
+    return [whole.goes_on_in(train(folder, FIRST, later, epoch, strategy)) for epoch in (1, 2, 3)]
 
 
 def test_a_run_with_rules_on_either_side_of_the_switch_resumes_bit_for_bit(tmp_path: Path) -> None:
-    assert resumes(tmp_path) == [(True, True, True)] * 3
+    assert resumes(tmp_path) == [True] * 3
     saved = torch.load(tmp_path / "epoch3.ckpt", weights_only=True)
     [state] = [value for key, value in saved["callbacks"].items() if key.startswith("OptimizerSwitchCallback")]
     assert [set(group) for group in state["partition"]] == [{"parameters", "name", "lr_ratio", "no_decay"}] * 3
@@ -420,8 +368,20 @@ def test_a_run_with_rules_on_either_side_of_the_switch_resumes_bit_for_bit(tmp_p
     ]
 
 
-def test_two_processes_with_rules_resume_bit_for_bit(pair: Pair, tmp_path: Path) -> None:
-    assert pair.run(resumes, tmp_path) == [[(True, True, True)] * 3] * 2
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "ddp",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("fsdp sharded", "fsdp full", "fsdp2 sharded", "fsdp2 full", "deepspeed 1", "deepspeed 3")
+        ),
+    ],
+)
+def test_two_processes_with_rules_resume_bit_for_bit_wherever_the_groups_are_sharded(
+    strategy: str, pair: Pair, tmp_path: Path
+) -> None:
+    assert pair.run(resumes, tmp_path, strategy) == [[True] * 3] * 2
 
 
 @pytest.mark.parametrize(
@@ -450,7 +410,7 @@ def test_a_changed_rule_is_said_on_resume_and_obeys_the_policy(
     with pytest.raises(CheckpointError) as caught:
         train(tmp_path, first, later, resumed_from=epoch)
     assert line in str(caught.value)
-    found = {policy: train(tmp_path, first, later, epoch, on_resume=policy)[1][0] for policy in ("checkpoint", "config")}
+    found = {policy: train(tmp_path, first, later, epoch, policy=policy).groups[0] for policy in ("checkpoint", "config")}
     expected = {1: {"checkpoint": 0.03, "config": 0.04}, 3: {"checkpoint": 0.0, "config": 0.2}}[epoch]
     assert {policy: pytest.approx(value(groups), rel=1e-6) for policy, groups in found.items()} == expected
 
@@ -460,7 +420,7 @@ def test_rules_that_regroup_never_put_saved_state_onto_other_parameters(tmp_path
     other = ParamGroups(no_decay=FREE, last={"match": "net.0.weight", "lr": 0.03, "betas": [0.8, 0.99]})
     for policy in ("error", "config", "checkpoint"):
         with pytest.raises(CheckpointError) as caught:
-            train(tmp_path, other, LATER, resumed_from=1, on_resume=policy)
+            train(tmp_path, other, LATER, resumed_from=1, policy=policy)
         assert str(caught.value) == (
             "default holds net.0.weight in the checkpoint where it holds net.2.weight in this run, and the optimizer's state lies "
             "in the order of the groups. Resume with the groups of the run that wrote the checkpoint; to change them, let a switch "
@@ -471,12 +431,12 @@ def test_rules_that_regroup_never_put_saved_state_onto_other_parameters(tmp_path
     ):
         train(tmp_path, ParamGroups(), LATER, resumed_from=1)
     with pytest.raises(CheckpointError) as caught:
-        train(tmp_path, FIRST, ParamGroups(), resumed_from=3, on_resume="config")
+        train(tmp_path, FIRST, ParamGroups(), resumed_from=3, policy="config")
     assert str(caught.value) == (
         "this run's rules put parameters into other groups than those of the checkpoint, in whose order the optimizer's state "
         "lies. Resume with the rules of the run that wrote it, or with switch.on_resume=checkpoint."
     )
-    _, groups = train(tmp_path, FIRST, ParamGroups(), resumed_from=3, on_resume="checkpoint")
+    groups = train(tmp_path, FIRST, ParamGroups(), resumed_from=3, policy="checkpoint").groups
     assert list(groups[0]) == ["biases", "default", "last"]
     assert groups[0]["biases"][1] == 0.0
 
@@ -510,38 +470,6 @@ def test_the_dimensions_of_the_whole_parameter_count_wherever_it_is_sharded(stra
     if not strategy.startswith("deepspeed"):
         assert later == [("default", 2, 36, "2.0e-02"), ("wide", 2, 640, "2.0e-03")]
         assert lrs[1] == {"default": 0.02, "wide": pytest.approx(0.002)}
-
-
-def resumes_on(strategy: str, folder: Path) -> list[float]:
-    """The largest difference of a weight between the whole run and those that were resumed in either phase."""
-    warnings.simplefilter("ignore")
-    later = "inherit" if strategy.startswith("deepspeed") else LATER
-
-    def train_on(resumed_from: int | None = None) -> dict[str, torch.Tensor]:
-        seed_everything(1, verbose=False)
-        module = attach(ShardableNet(), optimizer=partial(AdamW, lr=1e-2), scheduler=Cosine(), param_groups=FIRST)
-        saver = ModelCheckpoint(folder, filename="epoch{epoch}", auto_insert_metric_name=False, save_top_k=-1)
-        ended = Weights()
-        callbacks = [switch(later, at="2ep", scheduler=Cosine()), ended, *([] if resumed_from else [saver])]
-        options = {"strategy": STRATEGIES[strategy](), "devices": 2, "enable_checkpointing": not resumed_from}
-        path = folder / f"epoch{resumed_from - 1}.ckpt" if resumed_from else None
-        trainer(max_epochs=4, callbacks=callbacks, **options).fit(module, loader(), ckpt_path=path)
-        return ended.weights
-
-    whole = train_on()
-    found = [train_on(epoch) for epoch in (1, 3)]
-    return [max(float((whole[name] - one[name]).abs().max()) for name in whole) for one in found]
-
-
-class Weights(Callback):
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.weights = whole_weights(trainer)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["fsdp sharded", "fsdp full", "fsdp2 sharded", "fsdp2 full", "deepspeed 1", "deepspeed 3"])
-def test_groups_resume_to_the_same_weights_wherever_they_are_sharded(strategy: str, pair: Pair, tmp_path: Path) -> None:
-    assert pair.run(resumes_on, strategy, tmp_path) == [[0.0, 0.0]] * 2
 
 
 # The command line

@@ -18,7 +18,8 @@ from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RAda
 
 from lightning_adaptive import Clock, ConfigError, Duration, Handover, moments
 from lightning_adaptive import handover as handovers
-from lightning_adaptive.handover import PRESETS, Crossed, Guard, cross, eta
+from lightning_adaptive.guard import Guard
+from lightning_adaptive.handover import PRESETS, Crossed, cross, eta
 from lightning_adaptive.param_groups import Group, Partition, impose, record, split
 
 MATCHING = ["match_orthogonal", "match_norm", "match_projection"]
@@ -377,12 +378,11 @@ def test_the_first_of_several_processes_has_whole_sums() -> None:
     whole, halves = two_groups(), two_groups()
     partition = partition_of(whole)
     following = built(SGD, partition, all_of(whole), lr=7.0)
-    cross(Handover(lr="match_norm", per="group", guard=2.0), whole, following, partition, here)
     doubled = built(SGD, partition, all_of(halves), lr=7.0)
     handover = Handover(lr="match_norm", per="group", guard=2.0)
+    alone = cross(handover, whole, following, partition, here)
     crossed = cross(handover, halves, doubled, partition, lambda _, rows: rows * 4)
     assert [group["lr"] for group in doubled.param_groups] == pytest.approx([group["lr"] for group in following.param_groups])
-    alone = cross(handover, whole, following, partition, here)
     assert crossed.limit == pytest.approx(2 * (alone.limit or 0))
 
 
@@ -542,21 +542,18 @@ def test_the_running_optimizer_stays_as_it_is(case: Case, options: dict[str, Any
 # The guard
 
 
-def limited(
-    cls: Any, size: float, limit: float, dtype: torch.dtype, steps: int = 5
-) -> tuple[list[Tensor], list[Tensor], Optimizer]:
-    """An update under a guard and the same without, and the optimizer that made it."""
+def limited(cls: Any, size: float, limit: float, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """An update under a guard and the same without."""
     found = []
     for is_guarded in (True, False):
         tensors = weights(dtype)
         optimizer = cls([{"params": tensors[:2]}, {"params": tensors[2:], "lr": 0.5}], lr=0.1)
         if is_guarded:
-            Guard(optimizer, limit, steps, here)
-            guarded = optimizer
+            Guard(optimizer, limit, here)
         before = [one.detach().clone() for one in tensors]
         stepped(optimizer, 1, sizes=[size] * len(tensors))
         found.append([one.detach().double() - old.double() for one, old in zip(tensors, before, strict=True)])
-    return found[0], found[1], guarded
+    return found[0], found[1]
 
 
 EVERY = list(range(len(SHAPES)))
@@ -568,7 +565,7 @@ def test_an_update_above_the_limit_has_its_norm_and_keeps_its_direction(
     dtype: torch.dtype, rtol: float, size: float, limit: float
 ) -> None:
     """Also where its share is below the rounding of one, and where squares overflow. Weights of one are rounded in 16 bits."""
-    held, free, _ = limited(SGD, size, limit, dtype)
+    held, free = limited(SGD, size, limit, dtype)
     one, other = joined(held, EVERY), joined(free, EVERY)
     assert float(other.norm()) > limit
     assert float(one.norm()) == pytest.approx(limit, rel=rtol)
@@ -580,7 +577,7 @@ def test_the_norm_sees_that_groups_count_together() -> None:
     tensors = weights()
     for part in (tensors[:2], tensors[2:]):
         optimizer = SGD(part, lr=10.0)
-        Guard(optimizer, 0.5, 5, here)
+        Guard(optimizer, 0.5, here)
         step(optimizer, [torch.ones_like(one) for one in part])
     assert float(joined([one.detach() - 1 for one in tensors], EVERY).norm()) == pytest.approx(0.5, rel=1e-5)
 
@@ -589,47 +586,44 @@ def test_the_norm_sees_that_groups_count_together() -> None:
 @pytest.mark.parametrize("limit", [100.0, 1e6])
 def test_an_update_below_the_limit_is_left_bit_for_bit(dtype: torch.dtype, limit: float) -> None:
     for cls in (SGD, Adam):
-        held, free, _ = limited(cls, 0.3, limit, dtype)
+        held, free = limited(cls, 0.3, limit, dtype)
         assert all(torch.equal(one, other) for one, other in zip(held, free, strict=True))
 
 
-def test_a_guard_ends_with_its_window_and_takes_its_hooks_off() -> None:
+def test_a_guard_holds_until_it_is_taken_off() -> None:
     tensors = weights()
     optimizer = SGD(tensors, lr=1.0)
-    Guard(optimizer, 0.01, 3, here)
+    guard = Guard(optimizer, 0.01, here)
     norms = []
-    for _ in range(5):
+    for index in range(5):
+        if index == 3:
+            guard.remove()
         before = [one.detach().clone() for one in tensors]
         step(optimizer, [torch.ones_like(one) for one in tensors])
         norms.append(float(joined([one.detach() - old for one, old in zip(tensors, before, strict=True)], EVERY).norm()))
     assert norms == pytest.approx([0.01] * 3 + [math.sqrt(28)] * 2)
+    guard.remove()
     assert (len(optimizer._optimizer_step_pre_hooks), len(optimizer._optimizer_step_post_hooks)) == (0, 0)
 
 
-def test_a_guard_may_be_taken_off() -> None:
-    held, free, optimizer = limited(SGD, 1.0, 0.01, torch.float64)
-    assert float(joined(held, EVERY).norm()) < float(joined(free, EVERY).norm())
-    guard = Guard(optimizer, 0.01, 3, here)
-    assert len(optimizer._optimizer_step_pre_hooks) == 2
-    guard.remove()
-    guard.remove()
-    assert (len(optimizer._optimizer_step_pre_hooks), len(optimizer._optimizer_step_post_hooks)) == (1, 1)
-
-
 @pytest.mark.parametrize("fault", [math.nan, math.inf, -math.inf])
-def test_an_update_that_is_not_finite_is_left_as_it_is(fault: float) -> None:
-    results = []
-    for is_guarded in (True, False):
-        tensors = weights()
-        optimizer = SGD(tensors, lr=1.0)
-        if is_guarded:
-            Guard(optimizer, 0.01, 3, here)
-        gradients = [torch.ones_like(one) for one in tensors]
+def test_an_update_that_is_not_finite_is_left_as_it_is_and_the_next_is_held(fault: float) -> None:
+    tensors, free = weights(), weights()
+    optimizer = SGD(tensors, lr=1.0)
+    Guard(optimizer, 0.01, here)
+    for one in (optimizer, SGD(free, lr=1.0)):
+        gradients = [torch.ones_like(tensor) for tensor in tensors]
         gradients[1][2] = fault
-        step(optimizer, gradients)
-        results.append(tensors)
-    for one, other in zip(*results, strict=True):
+        step(one, gradients)
+    for one, other in zip(tensors, free, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    with torch.no_grad():
+        tensors[1].zero_()
+    before = [one.detach().clone() for one in tensors]
+    step(optimizer, [torch.ones_like(one) for one in tensors])
+    assert float(joined([one.detach() - old for one, old in zip(tensors, before, strict=True)], EVERY).norm()) == pytest.approx(
+        0.01
+    )
 
 
 def test_a_guard_holds_any_mixture_of_dtypes_and_what_is_empty() -> None:
@@ -637,7 +631,7 @@ def test_a_guard_holds_any_mixture_of_dtypes_and_what_is_empty() -> None:
     tensors = [torch.nn.Parameter(torch.zeros(3, dtype=dtype)) for dtype in dtypes]
     tensors += [torch.nn.Parameter(torch.zeros(0)), torch.nn.Parameter(torch.zeros(()))]
     optimizer = SGD(tensors, lr=1.0)
-    Guard(optimizer, 1.0, 3, here)
+    Guard(optimizer, 1.0, here)
     step(optimizer, [torch.full_like(one, 2 - 1j if one.is_complex() else 2.0) for one in tensors])
     norm = math.sqrt(sum(float(one.detach().abs().double().square().sum()) for one in tensors))
     assert norm == pytest.approx(1.0, rel=1e-2)
@@ -646,7 +640,7 @@ def test_a_guard_holds_any_mixture_of_dtypes_and_what_is_empty() -> None:
 
 def test_a_guard_of_shards_holds_the_whole_update() -> None:
     optimizer = SGD(weights(), lr=1.0)
-    Guard(optimizer, 1.0, 1, lambda _, rows: 4 * rows)
+    Guard(optimizer, 1.0, lambda _, rows: 4 * rows)
     before = [one.detach().clone() for one in all_of(optimizer)]
     stepped(optimizer, 1)
     moved = joined([one.detach() - old for one, old in zip(all_of(optimizer), before, strict=True)], EVERY)
@@ -692,7 +686,7 @@ def test_the_window_of_a_guard_is_counted_from_the_switch() -> None:
 def test_a_guard_does_not_wait_for_a_gpu() -> None:
     tensors = [torch.nn.Parameter(one.detach().cuda()) for one in weights(torch.float32)]
     optimizer = SGD(tensors, lr=1.0)
-    Guard(optimizer, 0.5, 3, here)
+    Guard(optimizer, 0.5, here)
     for one in tensors:
         one.grad = torch.ones_like(one)
     torch.cuda.set_sync_debug_mode("error")
@@ -799,9 +793,22 @@ def sgd(**options: Any) -> Optimizer:
     return SGD(weights(), **{"lr": 0.1, "momentum": 0.9, **options})
 
 
-def mean(rule: str, whose: str, cls: str, instead: str) -> str:
+class RateFree(Optimizer):
+    """Without a learning rate, as some that find their own."""
+
+
+def mean(rule: Any, whose: str, cls: str, instead: str) -> str:
     known = "Adam, AdamW, NAdam, RAdam and SGD"
     return f"{rule!r} needs the gradients' mean, which {known} keep, and {whose} is {cls}. Write {instead}."
+
+
+def momentum(whose: str, instead: str) -> str:
+    return f"{whose} is SGD without momentum, which keeps no mean of the gradients. Give it momentum, or write {instead}."
+
+
+def constant(values: str, rule: str, whose: str, instead: str) -> str:
+    fault = f"of a constant gradient, {values} makes nothing that {rule!r} could go by, and {whose} has them."
+    return f"{fault} Both must be below 1; or write {instead}."
 
 
 PAIRS: list[tuple[Handover, Any, Any, str]] = [
@@ -833,34 +840,37 @@ PAIRS: list[tuple[Handover, Any, Any, str]] = [
         Handover(guard=2.0),
         lambda: Adagrad(weights()),
         sgd,
-        "guard: 2.0 needs the gradients' mean, which Adam, AdamW, NAdam, RAdam and SGD keep, and the running optimizer is Adagrad. "
-        "Write null.",
+        "guard: " + mean(2.0, "the running optimizer", "Adagrad", "null"),
     ),
     (
         Handover(lr="match_norm"),
         lambda: sgd(momentum=0.0),
         adam,
-        "lr: the running optimizer is SGD without momentum, which keeps no mean of the gradients. Give it momentum, or write own "
-        "or keep.",
+        "lr: " + momentum("the running optimizer", "own or keep"),
     ),
     (
         Handover(momentum="carry"),
         lambda: sgd(momentum=0.0),
         adam,
-        "momentum: the running optimizer is SGD without momentum, which keeps no mean of the gradients. Give it momentum, or write "
-        "zero.",
+        "momentum: " + momentum("the running optimizer", "zero"),
     ),
     (
         PRESETS["smooth"],
         adam,
         lambda: sgd(momentum=0.0),
-        "momentum: the next one is SGD without momentum, which keeps no mean of the gradients. Give it momentum, or write zero.",
+        "momentum: " + momentum("the next one", "zero"),
     ),
     (
         Handover(guard=2.0),
         lambda: sgd(momentum=0.0),
         adam,
         "guard: SGD without momentum keeps nothing that tells the length of its updates. Write null.",
+    ),
+    (
+        PRESETS["keep"],
+        lambda: RateFree(weights(), {}),
+        sgd,
+        "lr: RateFree has no learning rate (lr) that could be kept. Write own.",
     ),
     (
         Handover(weight_decay="match"),
@@ -879,22 +889,19 @@ PAIRS: list[tuple[Handover, Any, Any, str]] = [
         PRESETS["smooth"],
         adam,
         lambda: sgd(dampening=1.0),
-        "lr: of a constant gradient, momentum 0.9 with dampening 1 makes nothing that 'match_orthogonal' could go by, and the next "
-        "one has them. Both must be below 1; or write own or keep.",
+        "lr: " + constant("momentum 0.9 with dampening 1", "match_orthogonal", "the next one", "own or keep"),
     ),
     (
         Handover(momentum="carry"),
         lambda: sgd(momentum=1.0),
         adam,
-        "momentum: of a constant gradient, momentum 1 with dampening 0 makes nothing that 'carry' could go by, and the running "
-        "optimizer has them. Both must be below 1; or write zero.",
+        "momentum: " + constant("momentum 1 with dampening 0", "carry", "the running optimizer", "zero"),
     ),
     (
         Handover(weight_decay="match"),
         lambda: AdamW(weights()),
         lambda: sgd(dampening=2.0),
-        "weight_decay: of a constant gradient, momentum 0.9 with dampening 2 makes nothing that 'match' could go by, and the next "
-        "one has them. Both must be below 1; or write own.",
+        "weight_decay: " + constant("momentum 0.9 with dampening 2", "match", "the next one", "own"),
     ),
 ]
 
@@ -907,29 +914,19 @@ def test_a_pair_without_a_meaning_is_refused(handover: Handover, running: Any, f
 
 
 @pytest.mark.parametrize(
-    ("handover", "options", "message"),
-    [
-        (
-            Handover(lr="keep"),
-            {"lr": 0.5},
-            "lr: the group {} takes parameters of running groups with different learning rates. Keep the groups "
-            "(param_groups: inherit), or write own.",
-        ),
-        (
-            Handover(weight_decay="match"),
-            {"weight_decay": 0.0},
-            "weight_decay: the group {} takes parameters of running groups with different weight decays. Keep the groups "
-            "(param_groups: inherit), or write own.",
-        ),
-    ],
+    ("handover", "key", "values"),
+    [(Handover(lr="keep"), "lr", "learning rates"), (Handover(weight_decay="match"), "weight_decay", "weight decays")],
 )
-def test_groups_that_merge_have_no_single_value(handover: Handover, options: dict[str, Any], message: str) -> None:
+def test_groups_that_merge_have_no_single_value(handover: Handover, key: str, values: str) -> None:
     tensors = weights()
-    running = AdamW([{"params": tensors[:2]}, {"params": tensors[2:], **options}], lr=0.1, weight_decay=0.1)
+    running = AdamW([{"params": tensors[:2]}, {"params": tensors[2:], key: 0.5}], lr=0.1, weight_decay=0.1)
     for name in (None, "all"):
         with pytest.raises(ConfigError) as caught:
             handover.check(running, SGD(tensors, lr=0.1), (Group(tuple(NAMES), name),))
-        assert str(caught.value) == message.format(name or 0)
+        assert str(caught.value) == (
+            f"{key}: the group {name or 0} takes parameters of running groups with different {values}. Keep the groups "
+            "(param_groups: inherit), or write own."
+        )
     handover.check(running, built(SGD, partition_of(running), tensors, lr=0.1), partition_of(running))
 
 

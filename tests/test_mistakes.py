@@ -339,7 +339,7 @@ def test_a_file_that_is_no_checkpoint_gets_code_3(content: bytes | None, told: s
     [
         (["trian"], "'trian' is no command. Did you mean 'train'? Commands: train, preview, list."),
         (["list", "optimzers"], f"there are no 'optimzers'. Did you mean 'optimizers'? Kinds: {KINDS}."),
-        (["list", "--all"], "--all: there is no such flag. Flags: -cd, --help."),
+        (["list", "--all"], "--all: there is no such flag. Flags: --config-dir, --help."),
         (["list", "-cd", "nowhere"], "-cd nowhere: there is no such folder."),
     ],
 )

@@ -182,41 +182,27 @@ def test_the_folder_of_packages_may_be_reached_by_a_link(site: Path, monkeypatch
     trust.check("labkit.Opt", "optimizer._target_")
 
 
+@pytest.mark.parametrize("linked", [False, True], ids=["", "by a link"])
 @pytest.mark.parametrize(
-    ("name", "about"),
+    ("name", "about", "package"),
     [
-        ("lab-project", {"top_level": "labkit"}),
-        ("lab-project", {"record": "labkit.pth __editable___labkit_finder.py", "top_level": "labkit"}),
-        ("labkit", {"record": "labkit.pth"}),
-        ("labkit", {}),
+        ("lab-project", {"top_level": "labkit"}, "labkit"),
+        ("lab-project", {"record": "labkit.pth __editable___labkit_finder.py", "top_level": "labkit"}, "labkit"),
+        ("labkit", {"record": "labkit.pth"}, "labkit"),
+        ("labkit", {}, "labkit"),
+        ("Lab-Kit", {}, "lab_kit"),  # names are compared as installers do
     ],
-    ids=["top_level.txt", "top_level.txt and a finder", "a .pth file", "nothing"],
+    ids=["top_level.txt", "top_level.txt and a finder", "a .pth file", "nothing", "another spelling"],
 )
 def test_an_editable_install_stays_in_its_project(
-    site: Path, name: str, about: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    site: Path, name: str, about: dict[str, str], package: str, linked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = site.parent / "my project"
-    write(project / "src" / "labkit" / "__init__.py")
+    write(project / "src" / package / "__init__.py")
     describe(site, name, edited=project, **about)
-    monkeypatch.setattr(sys, "path", [*sys.path, str(project / "src")])
-    trust.check("labkit.optim.Opt", "optimizer._target_")
-
-
-def test_the_project_of_an_editable_install_may_be_reached_by_a_link(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    project = site.parent / "project"
-    write(project / "labkit.py")
     (site.parent / "link").symlink_to(project)
-    describe(site, "labkit", edited=project)
-    monkeypatch.setattr(sys, "path", [*sys.path, str(site.parent / "link")])
-    trust.check("labkit.Opt", "optimizer._target_")
-
-
-def test_the_name_of_an_editable_install_is_compared_as_installers_do(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    project = site.parent / "project"
-    write(project / "lab_kit.py")
-    describe(site, "Lab-Kit", edited=project)
-    monkeypatch.setattr(sys, "path", [*sys.path, str(project)])
-    trust.check("lab_kit.Opt", "optimizer._target_")
+    monkeypatch.setattr(sys, "path", [*sys.path, str((site.parent / "link" if linked else project) / "src")])
+    trust.check(f"{package}.optim.Opt", "optimizer._target_")
 
 
 def test_an_editable_install_that_lists_nothing_is_known_by_its_name_alone(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,17 +219,13 @@ def test_a_distribution_of_the_name_that_lists_other_packages_is_not_enough(site
     assert refusal("labkit.Opt") == not_installed("labkit")
 
 
-def test_a_file_of_the_working_folder_may_not_stand_before_an_installed_package(site: Path) -> None:
-    write(site / "labkit" / "__init__.py")
-    describe(site, "labkit", "labkit/__init__.py")
-    shadow = write(Path.cwd() / "labkit.py")
-    assert refusal("labkit.Opt") == f"optimizer._target_: {shadow} stands before the installed package 'labkit'. {how('labkit')}"
-
-
-def test_nor_before_an_editable_one(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    project = site.parent / "project"
+@pytest.mark.parametrize("editable", [False, True])
+def test_a_file_of_the_working_folder_may_not_stand_before_an_installed_package(
+    site: Path, editable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = site.parent / "project" if editable else site
     write(project / "labkit.py")
-    describe(site, "labkit", edited=project)
+    describe(site, "labkit", "" if editable else "labkit.py", edited=project if editable else None)
     monkeypatch.setattr(sys, "path", [*sys.path, str(project)])
     shadow = write(Path.cwd() / "labkit.py")
     assert refusal("labkit.Opt") == f"optimizer._target_: {shadow} stands before the installed package 'labkit'. {how('labkit')}"
@@ -324,8 +306,8 @@ def test_a_tree_of_installed_names_passes_as_does_what_is_no_text() -> None:
 
 def test_the_word_is_for_packages_and_for_single_functions(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(Path.cwd() / "labkit.py")
-    monkeypatch.setenv(TRUST_VARIABLE, "other:labkit.make::")
-    assert trust.names() == {"other", "labkit.make"}
+    monkeypatch.setenv(TRUST_VARIABLE, "other:labkit.make:lab:labkit.OptA::")
+    assert trust.names() == {"other", "labkit.make", "lab", "labkit.OptA"}
     trust.check("other.Opt", "optimizer._target_")
     trust.check("labkit.make", "optimizer._target_")
     assert refusal("labkit.Opt") == not_installed("labkit")
@@ -352,6 +334,9 @@ def wrong(params):
     return torch.nn.Linear(1, 1)
 
 alias = make
+
+class Opt(torch.optim.SGD):
+    pass
 """
 
 
@@ -374,6 +359,12 @@ def test_a_trusted_function_makes_an_optimizer(factories: str, monkeypatch: pyte
     scheduler = config.scheduler({"_target_": f"{factories}.decay", "every": 7})
     assert isinstance(scheduler, functools.partial)
     assert scheduler(built).step_size == 7
+
+
+@pytest.mark.parametrize("word", ["labfactories", "other:labfactories", "labfactories.Opt"])
+def test_a_trusted_class_is_used(factories: str, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TRUST_VARIABLE, word)
+    assert type(config.optimizer_factory({"_target_": f"{factories}.Opt", "lr": 0.1})(weights())).__name__ == "Opt"
 
 
 def test_a_trusted_function_has_its_options_checked(factories: str, monkeypatch: pytest.MonkeyPatch) -> None:

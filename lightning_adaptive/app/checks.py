@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lightning_adaptive import trust
 from lightning_adaptive.durations import Duration
-from lightning_adaptive.errors import ConfigError, ConfigTypeError
+from lightning_adaptive.errors import ConfigError, check_truth
 
 _GROUPS = ("task", "optimizer", "scheduler", "param_groups", "switch", "trainer", "logger", "callbacks")
 _VALUES = ("seed", "resume", "ckpt_path", "test", "output_dir")
@@ -45,11 +45,10 @@ def check(config: DictConfig) -> None:
 
 
 def _check_values(config: Mapping[str, Any]) -> None:
-    seed, test = config["seed"], config["test"]
+    seed = config["seed"]
     if seed is not None and (type(seed) is not int or not 0 <= seed < 2**32):
         raise ConfigError(f"{seed!r} is no seed. Write a whole number from 0 to {2**32 - 1}, or null.", "seed")
-    if not isinstance(test, bool):
-        raise ConfigTypeError(f"{test!r} is neither true nor false.", "test")
+    check_truth(config["test"], "test")
 
 
 def _check_moments(switch: Any, key: str) -> None:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydra_plugins.lightning_adaptive import data_folder, recipe_folders
+from lightning_adaptive.app.arguments import ANY, parted
 from lightning_adaptive.errors import ConfigError, did_you_mean
+from lightning_adaptive.tables import columns
 
 KINDS = {
     "optimizers": "optimizer",
@@ -50,19 +52,27 @@ def main(given: Sequence[str]) -> None:
     Raises:
         ConfigError: for a kind that there is not.
     """
-    if "-h" in given or "--help" in given:
-        print(f"usage: lightning-adaptive list [{'|'.join(KINDS)}] [-cd FOLDER]")
-        return
-    words, folders = _parsed(given)
+    flags, words = parted(given, {"-cd": ANY, "--config-dir": ANY, "-h": (), "--help": ()})
+    folders: list[Path] = []
+    for name, value in flags:
+        if value is None:
+            print(f"usage: lightning-adaptive list [{'|'.join(KINDS)}] [-cd FOLDER]")
+            return
+        folders.append(Path(value))
+        if not folders[-1].is_dir():
+            raise ConfigError(f"{name} {value}: there is no such folder.")
     if not words:
-        _show([(kind, f"{len(choices(kind, folders))} to choose with {KINDS[kind]}=NAME", "") for kind in KINDS])
-        return
+        rows = [(kind, f"{len(choices(kind, folders))} to choose with {KINDS[kind]}=NAME") for kind in KINDS]
+        print(*columns(rows), sep="\n")
     for word in words:
         kind = next((kind for kind, group in KINDS.items() if word in (kind, group)), None)
         if kind is None:
             raise ConfigError(f"there are no {word!r}.{did_you_mean(word, KINDS)} Kinds: {', '.join(KINDS)}.")
-        found = choices(kind, folders)
-        _show([(one.name, one.what, one.provider + (f", hidden by {one.hidden_by}" * bool(one.hidden_by))) for one in found])
+        found = [
+            (one.name, one.what, one.provider + f", hidden by {one.hidden_by}" * bool(one.hidden_by))
+            for one in choices(kind, folders)
+        ]
+        print(*columns(found), sep="\n")
 
 
 def choices(kind: str, folders: Sequence[Path] = ()) -> list[Choice]:
@@ -100,29 +110,3 @@ def _first_line(path: Path) -> str:
     with path.open(encoding="utf-8") as file:
         lines = [line.lstrip("# ").rstrip() for line in file if line.startswith("#") and "@package" not in line]
     return lines[0] if lines else ""
-
-
-def _parsed(given: Sequence[str]) -> tuple[list[str], list[Path]]:
-    words: list[str] = []
-    folders: list[Path] = []
-    rest = list(given)
-    while rest:
-        word = rest.pop(0)
-        name, equals, value = word.partition("=")
-        if name in ("-cd", "--config-dir"):
-            if not equals and not rest:
-                raise ConfigError(f"{name} needs a value.")
-            folders.append(Path(value if equals else rest.pop(0)))
-            if not folders[-1].is_dir():
-                raise ConfigError(f"{name} {folders[-1]}: there is no such folder.")
-        elif word.startswith("-"):
-            raise ConfigError(f"{word}: there is no such flag. Flags: -cd, --help.")
-        else:
-            words.append(word)
-    return words, folders
-
-
-def _show(rows: Sequence[tuple[str, str, str]]) -> None:
-    widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
-    for name, what, provider in rows:
-        print(f"{name:<{widths[0]}}  {what:<{widths[1]}}  {provider}".rstrip())

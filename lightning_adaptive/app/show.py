@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.tree import Tree
 
 from lightning_adaptive.plan import Plan, plan
-from lightning_adaptive.report import aligned
+from lightning_adaptive.tables import columns
 
 
 class ShowPlan(Callback):
@@ -43,8 +43,7 @@ def show_plan(plan: Plan, file: Path) -> None:
 def show_result(header: Sequence[str], rows: Sequence[Sequence[str]], lines: Sequence[str], folder: Path) -> None:
     """Prints the closing table, lines below it, and what lies in the run folder."""
     console = Console(soft_wrap=True, highlight=False)
-    console.print(escape(f"\n{aligned(header, rows)}\n"))
-    for line in lines:
+    for line in ("", *columns([header, *rows]), "", *lines):
         console.print(escape(line))
     files = sorted(file.name + ("/" if file.is_dir() else "") for file in folder.iterdir() if not file.name.startswith("."))
     console.print(escape(f"saved  {folder}: {'  '.join(files)}"))

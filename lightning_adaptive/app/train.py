@@ -131,11 +131,12 @@ def _close(
     """Writes and shows what the run did."""
     from lightning_adaptive import report
     from lightning_adaptive.app.show import show_result
+    from lightning_adaptive.tables import markdown
 
     header, rows = report.table(phases, monitor)
     test = "  ".join(f"{name} {value:.4f}" for name, value in tested.items())
     lines = [*report.explanations(phases), *([f"test   {test}"] if test else [])]
-    (folder / "summary.md").write_text("\n\n".join([report.markdown(header, rows), *lines, ""]), encoding="utf-8")
+    (folder / "summary.md").write_text("\n\n".join([markdown(header, rows), *lines, ""]), encoding="utf-8")
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     facts |= {"steps": trainer.global_step, "best_checkpoint": os.path.relpath(best, folder) if best else None}
     curves = folder / "metrics.csv"
