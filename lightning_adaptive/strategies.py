@@ -49,6 +49,9 @@ from lightning_adaptive.rules import Parameter
 SEEN = ("2.6",)
 """Minor versions of Lightning on which the private names of this file were seen to hold."""
 
+FlatVector = tuple[Tensor, list[tuple[Tensor | None, int]]]
+"""A vector of flattened parameters, with each of these and its number of elements; padding has no parameter."""
+
 
 def warn_if_unseen() -> None:
     """Says so when this version of Lightning was never tested."""
@@ -160,11 +163,8 @@ class Plain:
         """
         return True
 
-    def flat_parameters(self) -> list[tuple[Tensor, list[tuple[Tensor | None, int]]]]:
-        """The vectors that FSDP has flattened parameters into, each with these parameters and their numbers of elements.
-
-        Padding has no parameter. Without FSDP there are none.
-        """
+    def flat_parameters(self) -> list[FlatVector]:
+        """The vectors that FSDP has flattened parameters into; without FSDP there are none."""
         return []
 
     @property
@@ -403,8 +403,8 @@ class FSDP(Sharded):
         _, count = self._flattened.get(id(tensor), ((), 1))
         return count
 
-    def flat_parameters(self) -> list[tuple[Tensor, list[tuple[Tensor | None, int]]]]:
-        found: list[tuple[Tensor, list[tuple[Tensor | None, int]]]] = []
+    def flat_parameters(self) -> list[FlatVector]:
+        found: list[FlatVector] = []
         for handle in self._handles():
             flat = handle.flat_param
             sizes = flat._numels_with_padding

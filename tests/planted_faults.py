@@ -248,8 +248,8 @@ FAULTS = (
     Fault(
         "an epoch's rest of batches is no step",
         "trainers.py",
-        "math.ceil(batches / window",
-        "math.floor(batches / window",
+        "math.ceil(batches / accumulated",
+        "math.floor(batches / accumulated",
         "preview.py::test_the_clock_of_a_trainer",
     ),
     Fault(
@@ -354,7 +354,7 @@ FAULTS = (
         "pending batches are not seen again",
         "exact_resume.py",
         "_add(batch, name, begun - count)",
-        "_add(batch, name, 0)",
+        "_add(batch, name, 0 * count)",
         "exact_resume.py::test_checkpoints_within_a_step_lead_back[plain]",
     ),
     Fault(
