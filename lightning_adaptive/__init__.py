@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lightning_adaptive.hooks import attach as attach
     from lightning_adaptive.hooks import configure_optimizers as configure_optimizers
     from lightning_adaptive.noise import GradientNoiseMonitor as GradientNoiseMonitor
-    from lightning_adaptive.noise import GradientNoiseScale as GradientNoiseScale
+    from lightning_adaptive.noise_scale import GradientNoiseScale as GradientNoiseScale
     from lightning_adaptive.param_groups import Inherit as Inherit
     from lightning_adaptive.param_groups import LayerDecay as LayerDecay
     from lightning_adaptive.param_groups import MupLike as MupLike
@@ -74,7 +74,7 @@ _HOMES = {
     "ExactResume": "exact_resume",
     "Exponential": "curves",
     "GradientNoiseMonitor": "noise",
-    "GradientNoiseScale": "noise",
+    "GradientNoiseScale": "noise_scale",
     "Handover": "handover",
     "Inherit": "param_groups",
     "InverseSqrt": "curves",
