@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_adaptive import GradientNoiseScale
-from lightning_adaptive.noise import estimates
+from lightning_adaptive.noise_scale import estimates
 
 DIMENSIONS, BATCH = 20, 256
 GRAD_SQ, TRACE = 1.0, DIMENSIONS + 1.0 + DIMENSIONS

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from lightning_adaptive.exact_resume import ExactResume as ExactResume
     from lightning_adaptive.handover import Handover as Handover
     from lightning_adaptive.hooks import attach as attach, configure_optimizers as configure_optimizers
-    from lightning_adaptive.noise import GradientNoiseMonitor as GradientNoiseMonitor, GradientNoiseScale as GradientNoiseScale
+    from lightning_adaptive.noise import GradientNoiseMonitor as GradientNoiseMonitor
+    from lightning_adaptive.noise_scale import GradientNoiseScale as GradientNoiseScale
     from lightning_adaptive.param_groups import Inherit as Inherit, LayerDecay as LayerDecay, MupLike as MupLike
     from lightning_adaptive.param_groups import ParamGroups as ParamGroups
     from lightning_adaptive.plan import Plan as Plan, preview as preview
@@ -42,7 +43,8 @@ _NAMES = {
     "exact_resume": "ExactResume",
     "handover": "Handover",
     "hooks": "attach configure_optimizers",
-    "noise": "GradientNoiseMonitor GradientNoiseScale",
+    "noise": "GradientNoiseMonitor",
+    "noise_scale": "GradientNoiseScale",
     "param_groups": "Inherit LayerDecay MupLike ParamGroups",
     "plan": "Plan preview",
     "rules": "Rule",

@@ -39,11 +39,10 @@ class StepNorms(ABC):
         self.groups = groups
         self.device = device
         self.micro_batches = 0
-        self._copies: Callable[[Tensor], int] | None = None
-        """How many processes hold each element of a gradient, of whose squares this one's share is then only a part."""
         self.in_pieces = False
         """Whether some parameter got its gradient in several pieces, whose norm cannot be told: it is then not a number."""
-        self._small = torch.zeros(len(groups), dtype=torch.float64, device=device)
+        self.small = torch.zeros(len(groups), dtype=torch.float64, device=device)
+        """Sum over the micro-batches of the squared norms of their gradients, one value for each group."""
 
     @abstractmethod
     def begin(self, is_alone: bool) -> None:
@@ -59,17 +58,12 @@ class StepNorms(ABC):
         Args:
             is_last: whether it is the step's last.
         """
-        self._small += self._of_micro_batch(is_last)
+        self.small += self._of_micro_batch(is_last)
         self.micro_batches += 1
 
     @abstractmethod
     def close(self) -> None:
         """Leaves nothing behind, wherever the step was left."""
-
-    @property
-    def small(self) -> Tensor:
-        """Sum over the micro-batches of the squared norms of their gradients, one value for each group, float64."""
-        return self._small
 
     @property
     def big(self) -> Tensor:
@@ -82,7 +76,11 @@ class StepNorms(ABC):
     def _squared(self, grads: Mapping[int, Tensor]) -> Tensor:
         """Squared norms of gradients by their parameters' ``id``, one value for each group."""
         of_groups = [[grads[id(tensor)] for tensor in group if id(tensor) in grads] for group in self.groups]
-        return self._summed([_norms(group, self._copies) for group in of_groups])
+        return self._summed([_norms(group, self._holders) for group in of_groups])
+
+    def _holders(self, grad: Tensor) -> int:
+        """How many processes hold each element of a gradient, of whose squares this one's share is then only a part."""
+        return 1
 
     def _summed(self, norms: Sequence[Sequence[Tensor]]) -> Tensor:
         return torch.stack([self._sum_of_squares(of_group) for of_group in norms])
@@ -180,7 +178,6 @@ class ShardedGradients(StepNorms):
     def __init__(self, groups: Sequence[Sequence[Tensor]], device: torch.device, processes: int) -> None:
         super().__init__(groups, device)
         self._processes = processes
-        self._copies = self._holders
         self._before: dict[int, Tensor] = {}
 
     def begin(self, is_alone: bool) -> None:
@@ -207,9 +204,9 @@ class ShardedGradients(StepNorms):
         return math.prod(repeats) * self._processes // mesh.size()
 
 
-def _norms(grads: Iterable[Tensor], copies: Callable[[Tensor], int] | None = None) -> list[Tensor]:
+def _norms(grads: Iterable[Tensor], holders: Callable[[Tensor], int] = lambda _: 1) -> list[Tensor]:
     """Norms of gradients' pieces, so that their squares add up; of what several processes hold, to this one's share."""
-    pieces = [(piece, copies(grad) if copies else 1) for grad in grads for piece in _pieces(_values(grad))]
+    pieces = [(piece, holders(grad)) for grad in grads for piece in _pieces(_values(grad))]
     norms: list[Tensor] = []
     for is_half in (False, True):
         alike = [(piece, count) for piece, count in pieces if (piece.dtype in _HALF) is is_half]

@@ -288,24 +288,20 @@ def cross(
         factor: what the next schedule begins with, where the running one goes on: its base is the learning rate over it.
     """
     groups = {tensor: group for group in running_groups or running.param_groups for tensor in group["params"]}
-    configured = [float(group["lr"]) for group in following.param_groups] if handover.lr != "own" else []
     look = functools.cache(functools.partial(_sums, running, whole))
     notes: list[str] = []
-    rates: list[float | None]
-    if handover.matches:
-        rates = _matched(handover, running, look, following, partition, inherits, estimate or {})
-    elif handover.lr == "keep":
-        rates = [
-            _kept(group, groups, 1.0 if inherits else one.lr_ratio) for group, one in _zipped(following.param_groups, partition)
-        ]
-    else:
-        rates = [float(group["lr"]) * (factor or 1.0) for group in following.param_groups]
-    if handover.lr != "own" or handover.scale != 1:
+    if "lr" in handover.found:
+        configured = [float(group["lr"]) for group in following.param_groups]
+        rates: list[float | None] = [lr * (factor or 1.0) for lr in configured]
+        if handover.matches:
+            rates = _matched(handover, running, look, following, partition, inherits, estimate or {})
+        elif handover.lr == "keep":
+            rates = _kept(following, partition, groups, inherits)
         _set_rates(handover, following, partition, rates, factor)
-    if configured:
-        notes.append(f"configured {_range(configured)}")
-    if None in rates:
-        notes.append(f"{rates.count(None)} of {len(rates)} learning rates could not be found and are the configured ones")
+        if handover.lr != "own":
+            notes.append(f"configured {_range(configured)}")
+        if None in rates:
+            notes.append(f"{rates.count(None)} of {len(rates)} learning rates could not be found and are the configured ones")
     if handover.weight_decay == "match":
         notes.append(_match_decay(running, following, partition, groups, factor))
     shared, note = _carry(running, following, groups, whole) if handover.momentum == "carry" else (0, "")
@@ -385,9 +381,15 @@ def _matched(
     return found
 
 
-def _kept(group: OptimizerGroup, groups: Mapping[Tensor, OptimizerGroup], ratio: float) -> float | None:
-    """The running learning rate of a group's parameters, which all have the same."""
-    return next((float(groups[tensor]["lr"]) * ratio for tensor in group["params"] if tensor in groups), None)
+def _kept(
+    following: Optimizer, partition: Partition, groups: Mapping[Tensor, OptimizerGroup], inherits: bool
+) -> list[float | None]:
+    """The running learning rate of each group, by new rules times their ratio."""
+    rates: list[float | None] = []
+    for group, recorded in _zipped(following.param_groups, partition):
+        source = _source(group, groups)
+        rates.append(None if source is None else float(source["lr"]) * (1.0 if inherits else recorded.lr_ratio))
+    return rates
 
 
 def _set_rates(
@@ -398,6 +400,11 @@ def _set_rates(
             continue
         base = handover.scale * rate / (factor or 1.0)
         group["lr"] = torch.full_like(group["lr"], base) if isinstance(group["lr"], Tensor) else base
+
+
+def _source(group: OptimizerGroup, groups: Mapping[Tensor, OptimizerGroup]) -> OptimizerGroup | None:
+    """The running group of a group's parameters, or one of those that are alike in what is taken of them."""
+    return next((groups[tensor] for tensor in group["params"] if tensor in groups), None)
 
 
 def _zipped(groups: Sequence[G], partition: Partition) -> Iterable[tuple[G, Group]]:
@@ -462,7 +469,7 @@ def _match_decay(
     before, after = _kind_of_decay(running), _kind_of_decay(following)
     old, new = [], []
     for group, recorded in _zipped(following.param_groups, partition):
-        source = next((groups[tensor] for tensor in group["params"] if tensor in groups), None)
+        source = _source(group, groups)
         if source is None:
             continue
         decay = float(source["weight_decay"])

@@ -86,25 +86,13 @@ def projections(optimizer: Optimizer, lrs: Sequence[float] | None = None) -> tup
         Its parameters; and a tensor of shape (2, number of them) in float64, of what lies on this process. It has zeros where there
         is no gradient or no state.
     """
-    found: list[Tensor] = []
-    rows: list[Tensor] = []
+    sums: list[Sums] = []
     for index, group in enumerate(optimizer.param_groups):
         tensors = [tensor for tensor in group["params"] if tensor.grad is not None and optimizer.state.get(tensor)]
-        if not tensors:
-            continue
-        scale, _ = _scales(optimizer, group if lrs is None else {**group, "lr": lrs[index]}, tensors)
-        norms: list[Tensor] = []
-        dots: list[Tensor] = []
-        for some, ratios in _ratios(optimizer, group, tensors):
-            norms += map(torch.dot, ratios, ratios)
-            dots += map(torch.dot, ratios, _gradients(optimizer, group, some))
-        update, along = torch.stack([torch.stack(norms), torch.stack(dots)]).double() * torch.stack([scale**2, scale])
-        if not is_decoupled(optimizer, group):
-            # The decay was that of the weights before the step, which now are `p` further.
-            along = along + group["weight_decay"] * update
-        found += tensors
-        rows.append(torch.stack([update, along]))
-    return _of_all(optimizer, found, rows, 2)
+        if tensors:
+            stepped = group if lrs is None else {**group, "lr": lrs[index]}
+            sums.append((tensors, _adam_along_gradients(optimizer, stepped, tensors)))
+    return _of_all(optimizer, sums, 2)
 
 
 def updates(optimizer: Optimizer, toward: Family) -> tuple[list[Tensor], Tensor]:
@@ -122,19 +110,14 @@ def updates(optimizer: Optimizer, toward: Family) -> tuple[list[Tensor], Tensor]
         process. It has zeros where there is no state.
     """
     own = family(optimizer)
-    if own == toward:
-        return _of_all(optimizer, *_of_own_family(optimizer), 3)
-    found: list[Tensor] = []
-    rows: list[Tensor] = []
+    look = _within_family if own == toward else _adam_toward_sgd if own == "adam" else _sgd_toward_adam
+    sums: list[Sums] = []
     for group in optimizer.param_groups:
-        tensors = [tensor for tensor in group["params"] if optimizer.state.get(tensor)]
-        if not tensors:
-            continue
-        found += tensors
-        rows.append(
-            _adam_toward_sgd(optimizer, group, tensors) if own == "adam" else _sgd_toward_adam(group, optimizer.state, tensors)
-        )
-    return _of_all(optimizer, found, rows, 3)
+        is_known = own == toward and not group.get("momentum", True)  # without momentum there is no state to wait for
+        tensors = [tensor for tensor in group["params"] if is_known or optimizer.state.get(tensor)]
+        if tensors:
+            sums.append((tensors, look(optimizer, group, tensors)))
+    return _of_all(optimizer, sums, 3)
 
 
 def carried(
@@ -179,37 +162,47 @@ def carried(
 # Sums
 
 
-def _of_all(optimizer: Optimizer, some: Sequence[Tensor], rows: Sequence[Tensor], count: int) -> tuple[list[Tensor], Tensor]:
+Sums = tuple[Sequence[Tensor], Tensor]
+"""Some parameters, and a tensor of shape (sums of each, number of them)."""
+
+
+def _of_all(optimizer: Optimizer, sums: Sequence[Sums], count: int) -> tuple[list[Tensor], Tensor]:
     """Sums of some parameters as those of all, of the others zero: FSDP leaves a process without a share of some.
 
     Args:
         optimizer: whose parameters they are.
-        some: parameters.
-        rows: their sums, in pieces.
+        sums: of some of them, in float64.
         count: number of sums of each.
     """
     everything = parameters(optimizer)
-    device = rows[0].device if rows else local(everything[0]).device
+    device = sums[0][1].device if sums else local(everything[0]).device
     places = {tensor: place for place, tensor in enumerate(everything)}
     spread = torch.zeros(count, len(everything), dtype=torch.float64, device=device)
-    if rows:
-        spread[:, [places[tensor] for tensor in some]] = torch.cat(list(rows), dim=1)
+    if sums:
+        found = [places[tensor] for some, _ in sums for tensor in some]
+        spread[:, found] = torch.cat([rows for _, rows in sums], dim=1)
     return everything, spread
 
 
-def _of_own_family(optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
-    """Within a family ``p`` is ``lr * gain * u``, whatever ``u`` is: each element counts once, so that shards add up."""
-    pairs = [
-        (tensor, float(group["lr"]) * gain(group))
-        for group in optimizer.param_groups
-        for tensor in group["params"]
-        if tensor in optimizer.state or not group.get("momentum", True)
-    ]
-    if not pairs:
-        return [], []
-    lrs = torch.tensor([lr for _, lr in pairs], dtype=torch.float64)
-    sizes = torch.tensor([local(tensor).numel() for tensor, _ in pairs], dtype=torch.float64)
-    return [tensor for tensor, _ in pairs], [torch.stack([lrs**2, lrs, torch.ones_like(lrs)]) * sizes]
+def _within_family(_: Optimizer, group: OptimizerGroup, tensors: Sequence[Tensor]) -> Tensor:
+    """``p`` is ``lr * gain * u``, whatever ``u`` is: each element counts once, so that shards add up."""
+    lr = float(group["lr"]) * gain(group)
+    sizes = torch.tensor([local(tensor).numel() for tensor in tensors], dtype=torch.float64)
+    return torch.tensor([[lr * lr], [lr], [1.0]], dtype=torch.float64) * sizes
+
+
+def _adam_along_gradients(optimizer: Optimizer, group: OptimizerGroup, tensors: Sequence[Tensor]) -> Tensor:
+    scale, _ = _scales(optimizer, group, tensors)
+    norms: list[Tensor] = []
+    dots: list[Tensor] = []
+    for some, ratios in _ratios(optimizer, group, tensors):
+        norms += map(torch.dot, ratios, ratios)
+        dots += map(torch.dot, ratios, _gradients(optimizer, group, some))
+    update, along = torch.stack([torch.stack(norms), torch.stack(dots)]).double() * torch.stack([scale**2, scale])
+    if not is_decoupled(optimizer, group):
+        # The decay was that of the weights before the step, which now are `p` further.
+        along = along + group["weight_decay"] * update
+    return torch.stack([update, along])
 
 
 def _adam_toward_sgd(optimizer: Optimizer, group: OptimizerGroup, tensors: Sequence[Tensor]) -> Tensor:
@@ -226,12 +219,12 @@ def _adam_toward_sgd(optimizer: Optimizer, group: OptimizerGroup, tensors: Seque
     return rows.double() * torch.stack([scale**2, scale / correction, correction**-2])
 
 
-def _sgd_toward_adam(group: OptimizerGroup, state: Mapping[Tensor, Any], tensors: Sequence[Tensor]) -> Tensor:
+def _sgd_toward_adam(optimizer: Optimizer, group: OptimizerGroup, tensors: Sequence[Tensor]) -> Tensor:
     """``u`` is ``a / |a|``, the sign of the buffer, as `carried` has it."""
     lr = float(group["lr"])
     sums: list[Tensor] = []
     for tensor in tensors:
-        buffer = _flat(state[tensor]["momentum_buffer"])
+        buffer = _flat(optimizer.state[tensor]["momentum_buffer"])
         sums.append(torch.stack([buffer.dot(buffer), buffer.abs().sum(), buffer.count_nonzero().to(buffer.dtype)]))
     return torch.stack(sums, dim=1).double() * torch.tensor([[lr**2], [lr], [1.0]], dtype=torch.float64).to(sums[0].device)
 
@@ -245,9 +238,10 @@ def _ratios(optimizer: Optimizer, group: OptimizerGroup, tensors: Sequence[Tenso
     corrections = (1 - group["betas"][1] ** _steps(optimizer, tensors)).sqrt()
     least = iter(_each((torch.ones_like(corrections) if isinstance(optimizer, RAdam) else corrections) * group["eps"]))
     portions = list(_portions(tensors))
-    room = _Room(max(sum(real(tensor).numel() for tensor in some) for some in portions))
+    size = max(sum(real(tensor).numel() for tensor in some) for some in portions)
+    room = _flat(state[tensors[0]][second]).new_empty(size)
     for some in portions:
-        roots = room.roots([_flat(state[tensor][second]) for tensor in some])
+        roots = _roots([_flat(state[tensor][second]) for tensor in some], room)
         torch._foreach_add_(roots, list(itertools.islice(least, len(some))))
         torch._foreach_reciprocal_(roots)
         torch._foreach_mul_(roots, [_flat(state[tensor]["exp_avg"]) for tensor in some])
@@ -298,38 +292,27 @@ def _flat(tensor: Tensor) -> Tensor:
     return (here.float() if here.dtype in (torch.float16, torch.bfloat16) else here).reshape(-1)
 
 
-class _Room:
-    """Memory for what lies in between, one portion after another: on a CPU new pages cost more than all that is computed."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._room: Tensor | None = None
-
-    def roots(self, vectors: Sequence[Tensor]) -> list[Tensor]:
-        """Square roots of vectors, in the place of those before."""
-        dtype, sizes = vectors[0].dtype, [vector.numel() for vector in vectors]
-        if any(vector.dtype != dtype for vector in vectors):
-            return list(torch._foreach_sqrt(list(vectors)))
-        if self._room is None or self._room.dtype != dtype or self._room.device != vectors[0].device:
-            self._room = vectors[0].new_empty(self._size)
-        places = self._room[: sum(sizes)].split(sizes)
-        return [torch.sqrt(vector, out=place) for vector, place in zip(vectors, places, strict=True)]
+def _roots(vectors: Sequence[Tensor], room: Tensor) -> list[Tensor]:
+    """Square roots, in memory that is there, where they fit: on a CPU new pages cost more than all that is computed."""
+    if any(vector.dtype != room.dtype for vector in vectors):
+        return list(torch._foreach_sqrt(list(vectors)))
+    sizes = [vector.numel() for vector in vectors]
+    places = room[: sum(sizes)].split(sizes)
+    return [torch.sqrt(vector, out=place) for vector, place in zip(vectors, places, strict=True)]
 
 
 def _portions(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """The tensors in portions that are worked on at once."""
+    limit = _CACHED if local(tensors[0]).device.type == "cpu" else _AT_ONCE
     portion: list[Tensor] = []
     size = 0
     for tensor in tensors:
-        here = local(tensor)
-        limit = _CACHED if here.device.type == "cpu" else _AT_ONCE
-        if portion and size + here.numel() > limit:
+        if portion and size + local(tensor).numel() > limit:
             yield portion
             portion, size = [], 0
         portion.append(tensor)
-        size += here.numel()
-    if portion:
-        yield portion
+        size += local(tensor).numel()
+    yield portion
 
 
 # State

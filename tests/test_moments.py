@@ -17,6 +17,7 @@ from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RAda
 
 from lightning_adaptive import moments
 from lightning_adaptive.moments import carried, family, gain, projections, updates
+from tests.steps import all_of, step
 
 ADAMS = (Adam, AdamW, NAdam, RAdam)
 
@@ -35,16 +36,6 @@ def noise(like: Sequence[Tensor], seed: int) -> list[Tensor]:
     wide = torch.complex128 if like[0].is_complex() else torch.float64
     # Laid out as autograd does it, like the parameters: torch's fused Adam counts on that.
     return [torch.empty_like(one.detach()).copy_(torch.randn(one.shape, generator=generator, dtype=wide)) for one in like]
-
-
-def step(optimizer: Optimizer, gradients: Sequence[Tensor | None]) -> None:
-    for parameter, gradient in zip(all_of(optimizer), gradients, strict=True):
-        parameter.grad = gradient
-    optimizer.step()
-
-
-def all_of(optimizer: Optimizer) -> list[Tensor]:
-    return [one for group in optimizer.param_groups for one in group["params"]]
 
 
 def stepped(optimizer: Optimizer, steps: int = 4, seed: int = 1) -> list[list[Tensor]]:

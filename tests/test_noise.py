@@ -1,8 +1,7 @@
-"""Gradient noise: the estimators against closed forms, and the monitor against gradients computed by hand, on every strategy."""
+"""The monitor of gradient noise against gradients computed by hand, on every strategy."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
@@ -17,8 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -36,13 +33,12 @@ from lightning_adaptive import (
     ConfigError,
     ExactResume,
     GradientNoiseMonitor,
-    GradientNoiseScale,
     OptimizerSwitchCallback,
     ParamGroups,
     strategies,
 )
 from lightning_adaptive.gradient_norms import _norms
-from lightning_adaptive.noise import estimates
+from lightning_adaptive.noise_scale import estimates
 from lightning_adaptive.report import read_curves
 from tests.cpu_strategies import STRATEGIES, CpuFSDP, ShardableNet
 from tests.pair import Pair
@@ -50,149 +46,20 @@ from tests.support import ROOT, Net, dataset, loader, trainer
 
 Batch = tuple[Tensor, Tensor]
 
-# The estimators
-
-
-@given(st.integers(2, 12), st.integers(1, 9), st.integers(0, 2**31))
-def test_the_estimates_are_the_sample_variance_and_the_mean_of_products(count: int, samples: int, seed: int) -> None:
-    gradients = torch.randn(count, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) + 1
-    mean = gradients.mean(0)
-    found = estimates(gradients.square().sum(1).mean(), mean.square().sum(), samples, count * samples)
-    products = [torch.dot(one, other) for one, other in itertools.permutations(gradients, 2)]
-    variance = samples * (gradients - mean).square().sum() / (count - 1)
-    torch.testing.assert_close(found, (torch.stack(products).mean(), variance), rtol=1e-9, atol=1e-9)
-
-
-@given(st.lists(st.integers(1, 100), min_size=2, max_size=10), st.floats(0.1, 10), st.floats(0.1, 100))
-def test_batches_of_any_sizes_give_the_truth_in_expectation(sizes: list[int], grad_sq: float, trace: float) -> None:
-    inverse = sum(1 / size for size in sizes) / len(sizes)
-    small, big = torch.tensor([grad_sq + trace * inverse, grad_sq + trace * inverse / len(sizes)], dtype=torch.float64)
-    found = estimates(small, big, 1 / inverse, len(sizes) / inverse)
-    assert [float(value) for value in found] == pytest.approx([grad_sq, trace], rel=1e-6)
-
-
-def test_eight_micro_batches_are_less_noisy_than_the_last_alone() -> None:
-    """At a batch of 256; gpt-neox, for one, compares the last micro-batch alone with the whole."""
-    generator = torch.Generator().manual_seed(0)
-    samples = sampled(1000 * 256, generator)
-    gradients = (samples[0] * -samples[1][:, None]).double().reshape(1000, 8, 32, DIMENSIONS).mean(2)
-    squares, whole = gradients.square().sum(2), gradients.mean(1).square().sum(1)
-    of_all, of_last = (estimates(small, whole, 32, 256)[1] for small in (squares.mean(1), squares[:, -1]))
-    assert float(of_all.mean()) == pytest.approx(TRACE, rel=0.02)
-    assert float(of_all.std() / of_last.std()) <= 0.4
-
-
-# The metric
-
-
-def fed(updates: Sequence[tuple[Any, Any]], **options: Any) -> GradientNoiseScale:
-    """A metric that saw these squared norms of batches of 2 and 8."""
-    metric = GradientNoiseScale(**options)
-    for small, big in updates:
-        metric.update(*torch.tensor([small, big], dtype=torch.float64), 2, 8)
-    return metric
-
-
-def numbers(metric: GradientNoiseScale) -> dict[str, float]:
-    return {name: float(value) for name, value in metric.values().items()}
-
-
-squares = st.lists(st.tuples(st.floats(1, 10), st.floats(0.5, 0.9)), min_size=1, max_size=20)
-
-
-@given(squares, st.floats(0, 0.99))
-def test_both_averages_are_corrected_for_their_beginning_and_divided_last(updates: list[tuple[float, float]], decay: float) -> None:
-    weights = torch.tensor([decay ** (len(updates) - 1 - index) for index in range(len(updates))], dtype=torch.float64)
-    small, big = torch.tensor(updates, dtype=torch.float64).T
-    grad_sq, trace = (float((weights * each).sum() / weights.sum()) for each in estimates(small, big, 2, 8))
-    found = numbers(fed(updates, decay=decay))
-    assert found["grad_sq"] == pytest.approx(grad_sq, rel=1e-9, abs=1e-9)
-    assert found["trace"] == pytest.approx(trace, rel=1e-9)
-    assert found["batch"] == 8
-    if grad_sq > 1e-3:
-        assert found["scale"] == pytest.approx(trace / grad_sq, rel=1e-6)
-        assert found["snr"] == pytest.approx(8 * grad_sq / trace, rel=1e-6)
-
-
-@given(squares, st.integers(0, 19))
-def test_what_is_not_finite_is_left_out(updates: list[tuple[float, float]], place: int) -> None:
-    for bad in (math.inf, math.nan):
-        spoiled = fed([*updates[:place], (bad, 1.0), *updates[place:]])
-        assert numbers(spoiled) == numbers(fed(updates))
-        assert (float(spoiled.skipped), float(spoiled.updates[0])) == (1, len(updates))
-    same_sizes = fed(updates)
-    same_sizes.update(1.0, 1.0, torch.tensor(4.0), torch.tensor(4.0))
-    assert float(same_sizes.skipped) == 1
-
-
-def test_groups_add_up_to_the_whole() -> None:
-    metric = fed([([3.0, 2.0], [1.0, 1.5]), ([4.0, 1.0], [2.0, 0.5])], groups=("body", "head"), decay=0.5)
-    found, whole = numbers(metric), numbers(fed([(5.0, 2.5), (5.0, 2.5)], decay=0.5))
-    assert {name: found[name] for name in whole} == pytest.approx(whole)
-    for name in ("grad_sq", "trace"):
-        assert found[f"{name}/body"] + found[f"{name}/head"] == pytest.approx(found[name])
-    assert found.keys() == {*whole, *(f"{name}/{group}" for name in whole if name != "batch" for group in ("body", "head"))}
-    body = numbers(fed([(3.0, 1.0), (4.0, 2.0)], decay=0.5))
-    assert {name: found[f"{name}/body"] for name in ("scale", "grad_sq", "trace", "snr")} == pytest.approx(
-        {name: value for name, value in body.items() if name != "batch"}
-    )
-
-
-def test_other_groups_keep_what_was_seen_of_the_whole_and_of_the_same_names() -> None:
-    metric = fed([([3.0, 2.0], [1.0, 1.5])], groups=("body", "head"))
-    other = metric.with_groups(("head", "new"))
-    before, after = numbers(metric), numbers(other)
-    for name in ("scale", "grad_sq", "trace", "snr", "batch", "scale/head", "grad_sq/head", "trace/head", "snr/head"):
-        assert after[name] == before[name]
-    assert math.isnan(after["scale/new"])
-    other.update(torch.tensor([2.0, 3.0]), torch.tensor([1.5, 1.0]), 2, 8)
-    assert numbers(other)["scale/new"] == pytest.approx(before["scale/body"])
-
-
-@pytest.mark.parametrize(
-    ("small", "big", "scale", "snr"),
-    [(5.0, 0.1, math.inf, 0.0), (1.0, 2.0, 0.0, math.inf)],
-    ids=["no signal is seen", "no noise is seen"],
-)
-def test_an_average_below_zero_counts_as_zero_in_ratios(small: float, big: float, scale: float, snr: float) -> None:
-    found = numbers(fed([(small, big)]))
-    assert (found["scale"], found["snr"]) == (scale, snr)
-    assert min(found["grad_sq"], found["trace"]) < 0
-
-
-def test_it_is_a_metric_like_others() -> None:
-    metric = fed([(5.0, 2.0)])
-    copied = GradientNoiseScale()
-    copied.load_state_dict(metric.state_dict())
-    assert {name: float(value) for name, value in copied.values().items()} == numbers(metric)
-    assert {tensor.dtype for tensor in metric.half().state_dict().values()} == {torch.float64}
-    assert float(metric(torch.tensor(9.0), torch.tensor(3.0), 2, 8)["trace"]) == pytest.approx(16)  # forward: of the batch alone
-    assert float(metric.updates[0]) == 2
-    metric.reset()
-    assert float(metric.updates[0]) == 0
-
-
-REFUSED: list[tuple[Callable[[], Any], str]] = [
-    (lambda: GradientNoiseScale(decay=1.0), "decay: 1.0 lies outside 0 to below 1. It is a share of the past."),
-    (lambda: GradientNoiseMonitor(decay=-0.1), "decay: -0.1 lies outside 0 to below 1. It is a share of the past."),
-    (lambda: GradientNoiseScale(decay="0.9"), "decay: '0.9' is not a number."),  # type: ignore[arg-type]
-    (lambda: GradientNoiseScale(groups=("a", "a")), "groups: ['a', 'a'] has a name twice. Give each group its own."),
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"decay": -0.1}, "decay: -0.1 lies outside 0 to below 1. It is a share of the past."),
+    ({"every_n_steps": 0}, "every_n_steps: 0 is no number of steps. Write a whole number from 1 on."),
     (
-        lambda: GradientNoiseMonitor(every_n_steps=0),
-        "every_n_steps: 0 is no number of steps. Write a whole number from 1 on.",
-    ),
-    (
-        lambda: GradientNoiseMonitor(batch_size=0),
+        {"batch_size": 0},
         "batch_size: 0 is no number of samples. Write a whole number from 1 on, a function of the batch, or nothing.",
     ),
-    (lambda: fed([(5.0, 2.0)]).update(5.0, 2.0, 8, 8), "the small batch must be smaller than the big one, got 8 and 8 samples"),
 ]
 
 
-@pytest.mark.parametrize(("call", "message"), REFUSED, ids=[message for _, message in REFUSED])
-def test_refuses(call: Callable[[], Any], message: str) -> None:
-    with pytest.raises((ValueError, TypeError)) as caught:
-        call()
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_refuses(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        GradientNoiseMonitor(**options)
     assert str(caught.value) == message
 
 
@@ -211,6 +78,17 @@ TRIALS = 30
 def sampled(samples: int, generator: torch.Generator) -> Batch:
     inputs = torch.randn(samples, DIMENSIONS, generator=generator)
     return inputs, inputs[:, 0] + torch.randn(samples, generator=generator)
+
+
+def test_eight_micro_batches_are_less_noisy_than_the_last_alone() -> None:
+    """At a batch of 256; gpt-neox, for one, compares the last micro-batch alone with the whole."""
+    generator = torch.Generator().manual_seed(0)
+    samples = sampled(1000 * 256, generator)
+    gradients = (samples[0] * -samples[1][:, None]).double().reshape(1000, 8, 32, DIMENSIONS).mean(2)
+    squares, whole = gradients.square().sum(2), gradients.mean(1).square().sum(1)
+    of_all, of_last = (estimates(small, whole, 32, 256)[1] for small in (squares.mean(1), squares[:, -1]))
+    assert float(of_all.mean()) == pytest.approx(TRACE, rel=0.02)
+    assert float(of_all.std() / of_last.std()) <= 0.4
 
 
 class Known(LightningModule):
@@ -272,6 +150,19 @@ def measured(module: LightningModule, batches: Sequence[Any], monitor: GradientN
     runner.fit(module, whole_batches(batches, options.get("devices", 1)))
     assert no_hooks(module)
     return each.values
+
+
+def fit(module: LightningModule, *callbacks: Callback, **options: Any) -> None:
+    """An epoch of eight batches, two in a step."""
+    batches = {"max_epochs": 1, "accumulate_grad_batches": 2, **options}
+    trainer(callbacks=list(callbacks), **batches).fit(module, loader())
+
+
+def uncounted(module: LightningModule, monitor: GradientNoiseMonitor, **options: Any) -> list[str]:
+    """What is said of steps that are not counted."""
+    with pytest.warns(UserWarning, match="counted") as told:
+        fit(module, monitor, Each(monitor), **options)
+    return [str(warning.message) for warning in told if "counted" in str(warning.message)]
 
 
 def no_hooks(module: nn.Module) -> bool:
@@ -511,10 +402,7 @@ class Overflowing(Net):
 
 def test_steps_that_mixed_precision_skips_are_not_counted_and_said_once() -> None:
     monitor = GradientNoiseMonitor()
-    runner = trainer(max_epochs=1, accumulate_grad_batches=2, callbacks=[monitor, Each(monitor)], plugins=with_scaler(64.0))
-    with pytest.warns(UserWarning, match="counted") as told:
-        runner.fit(Overflowing(), loader())
-    said = [str(warning.message) for warning in told if "counted" in str(warning.message)]
+    said = uncounted(Overflowing(), monitor, plugins=with_scaler(64.0))
     assert said == ["1 step had gradients that were not finite. Such a step's noise is not counted."]
     assert (float(monitor.metric.updates[0]), float(monitor.metric.skipped)) == (2, 2)
     assert math.isfinite(monitor.values()["noise/scale"])
@@ -529,11 +417,7 @@ def test_a_gradient_that_comes_in_pieces_is_not_counted_and_said_once() -> None:
             return nn.functional.cross_entropy(self.net[2](twice), batch[1])
 
     monitor = GradientNoiseMonitor()
-    runner = trainer(max_epochs=1, accumulate_grad_batches=2, callbacks=[monitor, Each(monitor)])
-    with pytest.warns(UserWarning, match="counted") as told:
-        runner.fit(Reentrant(), loader())
-    said = [str(warning.message) for warning in told if "counted" in str(warning.message)]
-    assert said == [
+    assert uncounted(Reentrant(), monitor) == [
         "Some parameter's gradient came in several pieces, as under checkpointing with use_reentrant=True. Such a step's noise is "
         "not counted. Set use_reentrant to false."
     ]
@@ -681,10 +565,10 @@ def test_nothing_is_left_behind_by_a_backward_that_fails() -> None:
 
     module, monitor = Failing(), GradientNoiseMonitor()
     with pytest.raises(RuntimeError, match="no memory"):
-        trainer(max_epochs=1, accumulate_grad_batches=2, callbacks=[monitor]).fit(module, loader())
+        fit(module, monitor)
     assert no_hooks(module)
     assert float(monitor.metric.updates[0]) == 1
-    assert trainer(max_epochs=1, accumulate_grad_batches=2, callbacks=[monitor]).fit(Still(), loader()) is None
+    fit(Still(), monitor)
     assert float(monitor.metric.updates[0]) == 4, "another run than the one before"
 
 
@@ -743,7 +627,7 @@ def test_a_logger_that_fails_ends_nothing(tmp_path: Path) -> None:
 
     monitor = GradientNoiseMonitor()
     with pytest.warns(UserWarning, match=r"^Broken could not log noise/scale, .*: OSError\('no space'\)\. Training goes on\.$"):
-        trainer(max_epochs=1, accumulate_grad_batches=2, callbacks=[monitor], logger=Broken(tmp_path)).fit(Net(), loader())
+        fit(Net(), monitor, logger=Broken(tmp_path))
     assert float(monitor.metric.updates[0]) == 4
 
 
@@ -753,7 +637,7 @@ def test_the_host_waits_once_for_each_logging(monkeypatch: pytest.MonkeyPatch, t
         original = getattr(Tensor, name)
 
         def spied(tensor: Tensor, *arguments: Any, original: Any = original, name: str = name) -> Any:
-            if Path(sys._getframe(1).f_code.co_filename).name in ("noise.py", "gradient_norms.py", "metric.py"):
+            if Path(sys._getframe(1).f_code.co_filename).name in ("noise.py", "noise_scale.py", "gradient_norms.py", "metric.py"):
                 reads.append(name)
             return original(tensor, *arguments)
 
@@ -766,7 +650,7 @@ def test_groups_that_a_switch_brings_begin_anew_and_the_whole_goes_on() -> None:
     monitor = GradientNoiseMonitor(per_group=True)
     groups = ParamGroups(weights={"match": "*.weight"})
     switch = OptimizerSwitchCallback(at="2st", optimizer=partial(SGD, lr=0.1), param_groups=groups)
-    trainer(max_epochs=1, accumulate_grad_batches=2, callbacks=[monitor, switch]).fit(Net(), loader())
+    fit(Net(), monitor, switch)
     assert monitor.metric.groups == ("weights", "default")
     assert monitor.metric.updates.tolist() == [4, 2, 2]
 
@@ -774,17 +658,16 @@ def test_groups_that_a_switch_brings_begin_anew_and_the_whole_goes_on() -> None:
 def test_a_later_optimizer_with_a_closure_is_not_measured_and_said() -> None:
     monitor = GradientNoiseMonitor()
     switch = OptimizerSwitchCallback(at="2st", optimizer=partial(LBFGS, max_iter=2))
-    runner = trainer(max_epochs=1, accumulate_grad_batches=2, callbacks=[monitor, switch])
     told = r"^From step 2 on gradient noise is not measured: LBFGS evaluates several gradients in a step\.$"
     with pytest.warns(UserWarning, match=told):
-        runner.fit(Net(), loader())
+        fit(Net(), monitor, switch)
     assert float(monitor.metric.updates[0]) == 2
 
 
 def test_accumulation_that_begins_later() -> None:
     monitor = GradientNoiseMonitor()
     scheduler = GradientAccumulationScheduler({0: 1, 1: 4})
-    trainer(max_epochs=2, callbacks=[monitor, scheduler]).fit(Net(), loader())
+    fit(Net(), monitor, scheduler, max_epochs=2, accumulate_grad_batches=1)
     assert float(monitor.metric.updates[0]) == 2
     assert monitor.values()["noise/batch"] == 32
 
@@ -832,7 +715,7 @@ def test_a_resumed_run_of_two_processes_goes_on_with_the_same_values(strategy: s
 
 def test_the_saved_state_is_plain() -> None:
     monitor = GradientNoiseMonitor(per_group=True)
-    trainer(max_epochs=1, accumulate_grad_batches=2, callbacks=[monitor]).fit(Net(), loader())
+    fit(Net(), monitor)
     state = monitor.state_dict()
     assert json.loads(json.dumps(state)) == state
     assert state["groups"] == ["pg1"]
@@ -905,7 +788,7 @@ NOT_AVAILABLE: list[tuple[type[Net], dict[str, Any], str]] = [
 @pytest.mark.filterwarnings("ignore:The number of training batches", "ignore:trainer.accumulate_grad_batches=2 is more than")
 def test_refuses_where_noise_cannot_be_seen(module: type[Net], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        trainer(max_epochs=1, callbacks=[GradientNoiseMonitor()], **options).fit(module(), loader())
+        fit(module(), GradientNoiseMonitor(), **{"accumulate_grad_batches": 1, **options})
     assert str(caught.value) == message
 
 
@@ -997,7 +880,7 @@ def test_refuses_a_batch_whose_size_is_not_clear(batch: Any, message: str) -> No
 
 def test_refuses_a_size_that_is_none() -> None:
     with pytest.raises(ConfigError) as caught:
-        measured(Still(), micro_batches([8] * 2), GradientNoiseMonitor(batch_size=lambda batch: 0), accumulate_grad_batches=2)
+        fit(Still(), GradientNoiseMonitor(batch_size=lambda batch: 0))
     assert str(caught.value) == "batch_size: 0 is no number of samples. The function must return a whole number from 1 on."
 
 
