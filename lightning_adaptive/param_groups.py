@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning_adaptive.errors import ConfigError, did_you_mean, within
-from lightning_adaptive.rules import CONDITIONS, Parameter, Rule, dead_rule, positive, read_regexes, some
+from lightning_adaptive.rules import CONDITIONS, Parameter, Rule, dead_rule, positive, read_regex, some
 
 OptimizerGroup = dict[str, Any]
 """A group as ``optimizer.param_groups`` holds it: ``params`` and the optimizer's options."""
@@ -156,9 +156,7 @@ class LayerDecay(ParamGroups):
         self.decay = positive(decay, "decay", "0.75")
         if self.decay > 1:
             raise ConfigError(f"{decay!r} is above 1, so the first layers would learn fastest.", "decay")
-        self.pattern = pattern
-        if pattern is not None:
-            read_regexes(pattern, "pattern")
+        self.pattern = None if pattern is None else read_regex(pattern, "pattern")
         self.no_decay = _condition(no_decay, "no_decay")
 
     def rest(self, parameters: Sequence[Parameter], whole: Sequence[Parameter]) -> Iterable[Group]:

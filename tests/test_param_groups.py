@@ -325,6 +325,7 @@ def rule_of(**rule: Any) -> Callable[[], Any]:
         ),
         (lambda: LayerDecay(1.5), "decay: 1.5 is above 1, so the first layers would learn fastest."),
         (lambda: LayerDecay(0), "decay: 0 is not possible. Write a finite number above zero."),
+        (lambda: LayerDecay(pattern=["a"]), "pattern: ['a'] is no regular expression. Write a text such as '^head'."),  # type: ignore[arg-type]
         (lambda: LayerDecay(pattern="(["), "pattern: '([' is no regular expression: unterminated character set at position 1."),
         (
             lambda: LayerDecay(pattern="block").partition(NET),
