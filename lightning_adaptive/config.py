@@ -26,13 +26,13 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from hydra_plugins.lightning_adaptive import SWITCH_SLOTS
 from lightning_adaptive import signatures, trust
-from lightning_adaptive.combined import CombinedOptimizer, given
+from lightning_adaptive.combined import CombinedOptimizer, OptimizerFactory, given
 from lightning_adaptive.durations import Duration, is_duration
 from lightning_adaptive.errors import ConfigError, ConfigTypeError, did_you_mean, within
 from lightning_adaptive.handover import Handover
 from lightning_adaptive.lr_schedulers import SchedulerLike
 from lightning_adaptive.param_groups import Inherit, ParamGroups
-from lightning_adaptive.phases import OptimizerFactory, check_options
+from lightning_adaptive.phases import check_options
 from lightning_adaptive.schedules import Schedule
 from lightning_adaptive.switch import OptimizerSwitchCallback
 from lightning_adaptive.triggers import Trigger

@@ -25,10 +25,6 @@ _FALLS: dict[str, Callable[[float], float]] = {
 """From 1 to 0 while a share of the way goes from 0 to 1."""
 
 
-def _power_of_the_rest(power: float, steps: int) -> Factor:
-    return lambda step: (1 - step / steps) ** power
-
-
 @dataclass(frozen=True, kw_only=True)
 class Polynomial(Curve):
     """A power of the steps that are left: ``factor(t) = (1 - t / T) ** power``. It ends at zero, so the floor scales it.
@@ -55,7 +51,8 @@ class Polynomial(Curve):
             raise ConfigError(f"{self.power!r} is not a finite number above 0.", "power")
 
     def shape(self, clock: Clock, steps: int | None) -> Factor:
-        return _power_of_the_rest(self.power, self._known(steps))
+        power, end = self.power, self._known(steps)
+        return lambda step: (1 - step / end) ** power
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +70,8 @@ class Linear(Curve):
     ends_at_zero: ClassVar[bool] = True
 
     def shape(self, clock: Clock, steps: int | None) -> Factor:
-        return _power_of_the_rest(1.0, self._known(steps))
+        end, fall = self._known(steps), _FALLS["linear"]
+        return lambda step: fall(step / end)
 
 
 @dataclass(frozen=True, kw_only=True)

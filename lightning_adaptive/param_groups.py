@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning_adaptive.errors import ConfigError, did_you_mean, within
-from lightning_adaptive.rules import CONDITIONS, Parameter, Rule, dead_rule, positive, read_regexes, some
+from lightning_adaptive.rules import CONDITIONS, Parameter, Rule, dead_rule, positive, read_regex, some
 
 OptimizerGroup = dict[str, Any]
 """A group as ``optimizer.param_groups`` holds it: ``params`` and the optimizer's options."""
@@ -87,15 +87,14 @@ class ParamGroups:
             ConfigError: for a rule that gets no parameter, frozen ones counted.
         """
         whole = tuple(parameters)
-        members: dict[str, list[Parameter]] = {name: [] for name in self.rules}
-        rest: list[Parameter] = []
+        members: dict[str, list[Parameter]] = {name: [] for name in (*self.rules, DEFAULT)}
         for parameter in whole:
-            taker = next((name for name, rule in self.rules.items() if _holds(rule, parameter, name)), None)
-            (rest if taker is None else members[taker]).append(parameter)
+            taker = next((name for name, rule in self.rules.items() if _holds(rule, parameter, name)), DEFAULT)
+            members[taker].append(parameter)
         for name, rule in self.rules.items():
             if not members[name]:
                 raise dead_rule(name, rule, whole, self.rules)
-        groups = [*(_group(name, rule, members[name]) for name, rule in self.rules.items()), *self.rest(rest, whole)]
+        groups = [*(_group(name, rule, members[name]) for name, rule in self.rules.items()), *self.rest(members[DEFAULT], whole)]
         twice = [group.name for index, group in enumerate(groups) if group.name in [other.name for other in groups[:index]]]
         if twice:
             raise ConfigError(f"{type(self).__name__} makes a group of this name by itself. Choose another.", str(twice[0]))
@@ -114,12 +113,8 @@ class ParamGroups:
         return [Group(_trainable(parameters), DEFAULT, rule="the rest" if self.rules else "")]
 
     def __repr__(self) -> str:
-        options = {**self._options(), **self.rules}
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in options.items())})"
-
-    def _options(self) -> dict[str, Any]:
-        """What a subclass has beside rules."""
-        return {}
+        options = {name: value for name, value in vars(self).items() if name != "rules"}  # of a subclass
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in {**options, **self.rules}.items())})"
 
 
 NO_DECAY: Mapping[str, Any] = {
@@ -161,9 +156,7 @@ class LayerDecay(ParamGroups):
         self.decay = positive(decay, "decay", "0.75")
         if self.decay > 1:
             raise ConfigError(f"{decay!r} is above 1, so the first layers would learn fastest.", "decay")
-        self.pattern = pattern
-        if pattern is not None:
-            read_regexes(pattern, "pattern")
+        self.pattern = None if pattern is None else read_regex(pattern, "pattern")
         self.no_decay = _condition(no_decay, "no_decay")
 
     def rest(self, parameters: Sequence[Parameter], whole: Sequence[Parameter]) -> Iterable[Group]:
@@ -178,9 +171,6 @@ class LayerDecay(ParamGroups):
             name = f"layer_{depth}" + "_no_decay" * kept
             words = f"depth {depth} of {deepest}" + ", without decay" * kept
             yield Group(_trainable(members), name, self.decay ** (deepest - depth), kept, rule=words)
-
-    def _options(self) -> dict[str, Any]:
-        return {"decay": self.decay, "pattern": self.pattern, "no_decay": self.no_decay}
 
 
 class MupLike(ParamGroups):
@@ -229,9 +219,6 @@ class MupLike(ParamGroups):
         else:
             is_scaled = _holds(self.scaled, parameter, "scaled")
         return math.prod(shape[1:]) if is_scaled else 0
-
-    def _options(self) -> dict[str, Any]:
-        return {"base_fan_in": self.base_fan_in, "scaled": self.scaled}
 
 
 class Inherit:

@@ -110,6 +110,7 @@ class RunReport(Callback):
             self._batches += 1
         assert self._open is not None
         self._open = replace(self._open, end_step=trainer.global_step)
+        switch = find_switch(trainer)
         if not self._open.lr_first and trainer.global_step > self._open.first_step:
             optimizer = running_optimizer(trainer)
             decays = [float(group["weight_decay"]) for group in optimizer.param_groups if "weight_decay" in group]
@@ -118,9 +119,8 @@ class RunReport(Callback):
                 lr_first=_floats(self._lrs),
                 decays=decays,
                 state_bytes=state_bytes(optimizer),
-                explanation=_why(trainer),
+                explanation=switch.explanation if switch else "",
             )
-        switch = find_switch(trainer)
         if switch is not None and (seen := switch.shows):
             self._open = replace(self._open, seen=seen)
 
@@ -276,11 +276,6 @@ def read_curves(metrics_csv: Path) -> dict[str, tuple[list[int], list[float]]]:
                     curves[name][0].append(int(row["step"]))
                     curves[name][1].append(float(cell))
     return dict(curves)
-
-
-def _why(trainer: Trainer) -> str:
-    switch = find_switch(trainer)
-    return switch.explanation if switch else ""
 
 
 def _phase_number(trainer: Trainer) -> int:

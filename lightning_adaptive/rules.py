@@ -181,48 +181,47 @@ def _several(value: Any, kind: str) -> list[Any]:
     return found
 
 
-def _globs(value: Any, kind: str) -> tuple[str, ...]:
-    found = _several(value, kind)
-    for glob in found:
-        if not isinstance(glob, str) or not glob:
-            what, example = ("name", "'*.bias'") if kind == "match" else ("class", "LayerNorm or '*Norm'")
-            raise ConfigTypeError(f"{glob!r} is no {what} or glob. Write {example}, or a list.", kind)
-    return tuple(found)
+def _each(read: Callable[[Any, str], Any]) -> Callable[[Any, str], tuple[Any, ...]]:
+    return lambda value, kind: tuple(read(one, kind) for one in _several(value, kind))
 
 
-def read_regexes(value: Any, kind: str) -> tuple[str, ...]:
-    """Regular expressions that compile, from one or several.
+def _glob(value: Any, kind: str) -> str:
+    if not isinstance(value, str) or not value:
+        what, example = ("name", "'*.bias'") if kind == "match" else ("class", "LayerNorm or '*Norm'")
+        raise ConfigTypeError(f"{value!r} is no {what} or glob. Write {example}, or a list.", kind)
+    return value
+
+
+def read_regex(value: Any, key: str) -> str:
+    """A regular expression that compiles.
 
     Raises:
         ConfigError: for one that does not, or that is longer than 200 characters.
         ConfigTypeError: for anything but text.
     """
-    found = _several(value, kind)
-    for expression in found:
-        if not isinstance(expression, str) or not expression:
-            raise ConfigTypeError(f"{expression!r} is no regular expression. Write a text such as '^head', or a list.", kind)
-        if len(expression) > _REGEX_LENGTH:
-            raise ConfigError(f"an expression of {len(expression)} characters; at most {_REGEX_LENGTH} are read.", kind)
-        try:
-            re.compile(expression)
-        except re.error as error:
-            raise ConfigError(f"{expression!r} is no regular expression: {error}.", kind) from None
-    return tuple(found)
+    if not isinstance(value, str) or not value:
+        several = ", or a list" if key == "regex" else ""
+        raise ConfigTypeError(f"{value!r} is no regular expression. Write a text such as '^head'{several}.", key)
+    if len(value) > _REGEX_LENGTH:
+        raise ConfigError(f"an expression of {len(value)} characters; at most {_REGEX_LENGTH} are read.", key)
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ConfigError(f"{value!r} is no regular expression: {error}.", key) from None
+    return value
 
 
-def _dimensions(value: Any, kind: str) -> tuple[int | str, ...]:
-    found = _several(value, kind)
-    for dimensions in found:
-        if isinstance(dimensions, bool) or not isinstance(dimensions, int | str) or not _comparison(str(dimensions)):
-            raise ConfigError(f"{dimensions!r} is no number of dimensions. Write 1, '<2', '>=2', or a list.", kind)
-    return tuple(found)
+def _dimensions(value: Any, kind: str) -> int | str:
+    if isinstance(value, bool) or not isinstance(value, int | str) or not _comparison(str(value)):
+        raise ConfigError(f"{value!r} is no number of dimensions. Write 1, '<2', '>=2', or a list.", kind)
+    return value
 
 
 def _comparison(text: str) -> re.Match[str] | None:
     return re.fullmatch(r"\s*(<=|>=|<|>|==|!=|)\s*(\d{1,3})\s*", text)
 
 
-def _alternatives(value: Any, kind: str) -> tuple[Rule, ...]:
+def _either(value: Any, kind: str) -> tuple[Rule, ...]:
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise ConfigTypeError(f"{value!r} is no list of conditions. Write [{{ndim: '<2'}}, {{module: Embedding}}].", kind)
     found = []
@@ -283,11 +282,11 @@ class _Condition(NamedTuple):
 
 
 _CONDITIONS = {
-    "match": _Condition(_globs, _holds_in_name),
-    "regex": _Condition(read_regexes, _is_found_in_name),
-    "module": _Condition(_globs, _holds_in_class),
-    "ndim": _Condition(_dimensions, _has_dimensions),
-    "any": _Condition(_alternatives, Rule.holds),
+    "match": _Condition(_each(_glob), _holds_in_name),
+    "regex": _Condition(_each(read_regex), _is_found_in_name),
+    "module": _Condition(_each(_glob), _holds_in_class),
+    "ndim": _Condition(_each(_dimensions), _has_dimensions),
+    "any": _Condition(_either, Rule.holds),
 }
 CONDITIONS = tuple(_CONDITIONS)
 """What a rule can ask of a parameter."""

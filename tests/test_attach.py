@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import StepLR
 
-from lightning_adaptive import ConfigError, Cosine, Inherit, OptimizerSwitchCallback, ParamGroups, attach, configure_optimizers
+from lightning_adaptive import ConfigError, Cosine, Inherit, OptimizerSwitchCallback, attach, configure_optimizers
 from tests.support import Net, counted_steps, digest, loader, trainer
 
 TO_SGD = partial(SGD, lr=0.1)
@@ -168,9 +168,3 @@ def test_attach_refuses_at_once(arguments: dict[str, Any], message: str) -> None
     with pytest.raises(ConfigError) as caught:
         attach(Net(), **arguments)
     assert str(caught.value) == message
-
-
-def test_groups_of_the_first_phase_come_from_param_groups() -> None:
-    runner = trainer(max_epochs=1)
-    runner.fit(attach(Net(), optimizer=TO_SGD, param_groups=ParamGroups()), loader())
-    assert len(runner.optimizers[0].param_groups) == 1

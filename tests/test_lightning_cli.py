@@ -374,6 +374,14 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str, **options: Any) -> 
     return [line.strip() for line in said.splitlines()]
 
 
+FACTORY = (
+    "- Type collections.abc.Callable[[torch.optim.optimizer.Optimizer], torch.optim.lr_scheduler.LRScheduler | "
+    "torch.optim.lr_scheduler.ReduceLROnPlateau] expects a function or a callable class: "
+)
+OPTIMIZER_FACTORY = (
+    "- Type collections.abc.Callable[[collections.abc.Iterable], torch.optim.optimizer.Optimizer] expects a function or a callable "
+    "class: "
+)
 WRONG_NODES: dict[str, tuple[dict[str, Any], str]] = {
     # Within a union jsonargparse strikes the value itself out of every message.
     "bare number": (
@@ -408,6 +416,17 @@ WRONG_NODES: dict[str, tuple[dict[str, Any], str]] = {
     "option of the callback": ({"att": "3ep"}, "Option 'att' is not accepted"),
     "option of the schedule": ({"scheduler": node("lightning_adaptive.Cosine", warmpu="3ep")}, "Option 'warmpu' is not accepted"),
     "option of the groups": ({"param_groups": node("lightning_adaptive.Inherit", rule=1)}, "Option 'rule' is not accepted"),
+    "option of the optimizer": (
+        {"optimizer": node("torch.optim.SGD", lrr=0.1)},
+        f"{OPTIMIZER_FACTORY}Option 'lrr' is not accepted. Got value: Namespace(class_path='torch.optim.SGD', "
+        "init_args=Namespace(lrr=0.1))",
+    ),
+    "value of the optimizer": ({"optimizer": node("torch.optim.SGD", lr="fast")}, "- Expected a <class 'float'>"),
+    "option of a scheduler of torch": (
+        {"scheduler": node("torch.optim.lr_scheduler.StepLR", stepsize=1)},
+        f"{FACTORY}Option 'stepsize' is not accepted. Got value: Namespace(class_path='torch.optim.lr_scheduler.StepLR', "
+        "init_args=Namespace(stepsize=1))",
+    ),
     "key of the dictionary": (
         {"scheduler": {"scheduler": COSINE, "intervall": "step"}},
         "- Unexpected keys: {'intervall'}",
@@ -426,28 +445,6 @@ WRONG_NODES: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(("nodes", "line"), WRONG_NODES.values(), ids=WRONG_NODES)
 def test_a_mistake_in_a_node_is_an_error_of_usage(nodes: dict[str, Any], line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert line in refused(capsys, "fit", write(switch_node(**nodes)))
-
-
-FACTORY = (
-    "- Type collections.abc.Callable[[torch.optim.optimizer.Optimizer], torch.optim.lr_scheduler.LRScheduler | "
-    "torch.optim.lr_scheduler.ReduceLROnPlateau] expects a function or a callable class: "
-)
-OPTIMIZER_FACTORY = (
-    "- Type collections.abc.Callable[[collections.abc.Iterable], torch.optim.optimizer.Optimizer] expects a function or a callable "
-    "class: "
-)
-
-
-def test_a_misspelt_option_of_an_optimizer_or_of_a_scheduler_of_torch(capsys: pytest.CaptureFixture[str]) -> None:
-    said = refused(capsys, "fit", write(switch_node(optimizer=node("torch.optim.SGD", lrr=0.1))))
-    given = "Got value: Namespace(class_path='torch.optim.SGD', init_args=Namespace(lrr=0.1))"
-    assert f"{OPTIMIZER_FACTORY}Option 'lrr' is not accepted. {given}" in said
-    said = refused(capsys, "fit", write(switch_node(scheduler=node("torch.optim.lr_scheduler.StepLR", stepsize=1))))
-    given = "Got value: Namespace(class_path='torch.optim.lr_scheduler.StepLR', init_args=Namespace(stepsize=1))"
-    assert f"{FACTORY}Option 'stepsize' is not accepted. {given}" in said
-    assert "- Expected a <class 'float'>" in refused(
-        capsys, "fit", write(switch_node(optimizer=node("torch.optim.SGD", lr="fast")))
-    )
 
 
 WRONG_WORDS: dict[str, tuple[str, str]] = {
@@ -472,7 +469,7 @@ def test_a_mistake_on_the_command_line_is_an_error_of_usage(word: str, line: str
 
 
 def test_a_misspelt_option_of_the_callback_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert any("--switch.att" in line for line in refused(capsys, "fit", "--switch.att=3ep", kind=KeyedCLI))
+    assert "error: unrecognized arguments: --switch.att=3ep" in refused(capsys, "fit", "--switch.att=3ep", kind=KeyedCLI)
     assert "Option 'att' is not accepted" in refused(capsys, "fit", write(switch_node()), f"{CALLBACK}.att=3ep")
 
 

@@ -79,7 +79,6 @@ ODD: list[tuple[str, Phases, int]] = [
     ("+trainer.enable_progress_bar=false", ADAM_TO_SGD, 4),
     ("trainer.precision=bf16-mixed", ADAM_TO_SGD, 4),
     # Parts taken out, put in another order, or put elsewhere.
-    ("callbacks=none", ADAM_TO_SGD, 4),
     ("~callbacks.checkpoint", ADAM_TO_SGD, 4),
     ("callbacks.exact_resume=null", ADAM_TO_SGD, 4),
     ("logger=[tensorboard,csv]", ADAM_TO_SGD, 4),

@@ -298,6 +298,7 @@ def rule_of(**rule: Any) -> Callable[[], Any]:
         (rule_of(match=[]), "one.match: an empty list matches nothing. Leave it out, or write null."),
         (rule_of(ndim="few"), "one.ndim: 'few' is no number of dimensions. Write 1, '<2', '>=2', or a list."),
         (rule_of(ndim=-1), "one.ndim: -1 is no number of dimensions. Write 1, '<2', '>=2', or a list."),
+        (rule_of(ndim=1000), "one.ndim: 1000 is no number of dimensions. Write 1, '<2', '>=2', or a list."),
         (rule_of(ndim=True), "one.ndim: True is no number of dimensions. Write 1, '<2', '>=2', or a list."),
         (rule_of(any={"ndim": 1}), "one.any: {'ndim': 1} is no list of conditions. Write [{ndim: '<2'}, {module: Embedding}]."),
         (rule_of(any=[]), "one.any: an empty list matches nothing. Leave it out, or write null."),
@@ -324,6 +325,7 @@ def rule_of(**rule: Any) -> Callable[[], Any]:
         ),
         (lambda: LayerDecay(1.5), "decay: 1.5 is above 1, so the first layers would learn fastest."),
         (lambda: LayerDecay(0), "decay: 0 is not possible. Write a finite number above zero."),
+        (lambda: LayerDecay(pattern=["a"]), "pattern: ['a'] is no regular expression. Write a text such as '^head'."),  # type: ignore[arg-type]
         (lambda: LayerDecay(pattern="(["), "pattern: '([' is no regular expression: unterminated character set at position 1."),
         (
             lambda: LayerDecay(pattern="block").partition(NET),

@@ -7,7 +7,6 @@ import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,47 +16,34 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import StepLR
 
 from lightning_adaptive import Cosine, OptimizerSwitchCallback, attach
-from lightning_adaptive.plan import Plan, plan
+from lightning_adaptive.plan import plan
 from lightning_adaptive.report import PhaseReport, RunReport, explanations, picture, read_curves, table, write_result
+from tests.grouped import Seen
 from tests.support import ValidatedNet, loader, trainer
 
 
-class Planner(Callback):
-    """Keeps the plan, and the learning rate of every step."""
-
-    def __init__(self) -> None:
-        self.plan: Plan | None = None
-        self.lrs: list[float] = []
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.plan = plan(trainer)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.lrs.append(trainer.optimizers[0].param_groups[0]["lr"])
-
-
-def run(folder: Path, resumed_from: Path | None = None) -> tuple[Planner, RunReport]:
+def run(folder: Path, resumed_from: Path | None = None) -> tuple[Seen, RunReport]:
     model = attach(ValidatedNet(), optimizer=partial(Adam, lr=1e-2), scheduler=Cosine(warmup="25%"))
-    planner, report = Planner(), RunReport("val/loss")
+    seen, report = Seen(), RunReport("val/loss")
     switch = OptimizerSwitchCallback(at="50%", optimizer=partial(SGD, lr=0.1, momentum=0.9), scheduler=Cosine(floor=0.1))
     saver = ModelCheckpoint(folder, filename="epoch{epoch}", auto_insert_metric_name=False, save_top_k=-1)
-    runner = trainer(max_epochs=4, callbacks=[planner, switch, report, saver], enable_checkpointing=True)
+    runner = trainer(max_epochs=4, callbacks=[seen, switch, report, saver], enable_checkpointing=True)
     runner.fit(model, loader(), loader(), ckpt_path=resumed_from, weights_only=True)
-    return planner, report
+    return seen, report
 
 
 def test_the_plan_says_what_the_run_then_does(tmp_path: Path) -> None:
-    planner, _ = run(tmp_path)
+    seen, _ = run(tmp_path)
     weights = sum(parameter.numel() for parameter in ValidatedNet().parameters())
-    lrs = [f"{lr:.1e}" for lr in planner.lrs]
-    assert str(planner.plan).splitlines() == [
+    lrs = [f"{seen.lrs(step)['']:.1e}" for step in range(32)]
+    assert str(seen.plan).splitlines() == [
         "PLAN  32 optimizer steps  <- 8 steps an epoch (8 batches, accumulate 1, 1 process), max_epochs 4",
         f"  phase 1  Adam       steps 0..15  cosine, warmup 25%  lr {lrs[0]} -> {lrs[7]} (step 7) -> {lrs[15]}  "
         f"{weights} parameters  <- configure_optimizers",
         f"  phase 2  SGD        steps 16..31  cosine, floor 0.1  lr 1.0e-01 -> {lrs[31]}  {weights} parameters  <- at=50%",
     ]
-    assert planner.lrs[0] == pytest.approx(0.01 / 8)
-    assert planner.lrs[16] == 0.1
+    assert seen.lrs(0) == {"": pytest.approx(0.01 / 8)}
+    assert seen.lrs(16) == {"": 0.1}
 
 
 def test_planning_changes_nothing_in_the_run(tmp_path: Path) -> None:
@@ -75,13 +61,13 @@ def test_planning_changes_nothing_in_the_run(tmp_path: Path) -> None:
 
 
 def test_the_report_has_a_row_for_each_phase(tmp_path: Path) -> None:
-    planner, report = run(tmp_path)
+    seen, report = run(tmp_path)
     first, second = report.phases
     said = [(phase.number, phase.optimizer, phase.schedule, phase.first_step, phase.end_step) for phase in report.phases]
     weights = sum(parameter.numel() for parameter in ValidatedNet().parameters())
     assert said == [(1, "Adam", "cosine, warmup 25%", 0, 16), (2, "SGD", "cosine, floor 0.1", 16, 32)]
-    assert (first.lr_first, first.lr_last) == ([planner.lrs[0]], [planner.lrs[15]])
-    assert (second.lr_first, second.lr_last) == ([planner.lrs[16]], [planner.lrs[31]])
+    assert (first.lr_first, first.lr_last) == ([*seen.lrs(0).values()], [*seen.lrs(15).values()])
+    assert (second.lr_first, second.lr_last) == ([*seen.lrs(16).values()], [*seen.lrs(31).values()])
     assert (first.state_bytes, second.state_bytes) == (weights * 8 + 16, weights * 4)
     assert second.train_loss is not None
     assert first.train_loss is not None
@@ -94,13 +80,13 @@ def test_the_report_has_a_row_for_each_phase(tmp_path: Path) -> None:
 def test_a_resumed_run_reports_the_phases_before_it(tmp_path: Path) -> None:
     _, whole = run(tmp_path / "whole")
     for epoch in range(3):
-        planner, resumed = run(tmp_path / f"from{epoch}", tmp_path / "whole" / f"epoch{epoch}.ckpt")
+        seen, resumed = run(tmp_path / f"from{epoch}", tmp_path / "whole" / f"epoch{epoch}.ckpt")
         for one, other in zip(whole.phases, resumed.phases, strict=True):
             assert replace(one, seconds=0) == replace(other, seconds=0), epoch
         number = 1 if epoch < 2 else 2  # the switch comes with the first batch after the checkpoint
-        assert planner.plan is not None
-        assert planner.plan.phases[0].number == number
-        assert planner.plan.phases[0].reason == f"resumed at step {8 * (epoch + 1)}"
+        assert seen.plan is not None
+        assert seen.plan.phases[0].number == number
+        assert seen.plan.phases[0].reason == f"resumed at step {8 * (epoch + 1)}"
 
 
 PHASES = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,16 +118,21 @@ def saved(tmp_path: Path) -> ModelCheckpoint:
     return ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1, save_on_train_epoch_end=False)
 
 
-@pytest.mark.parametrize("step", [2, 5, 8, 11, 15])
-def test_a_continued_schedule_goes_on_after_a_resume(step: int, saved: ModelCheckpoint, tmp_path: Path) -> None:
-    def run(ckpt_path: Path | None = None, *callbacks: Callback) -> tuple[list[float], str]:
+def check_resumes(run: Callable[..., tuple[list[float], str]], saver: ModelCheckpoint, steps: Sequence[int]) -> list[float]:
+    """A run of these callbacks, resumed at each of the steps, trains with the same values to the same weights."""
+    lrs, weights = run(saver)
+    for step in steps:
+        assert run(ckpt_path=Path(str(saver.dirpath), f"step={step}.ckpt")) == (lrs[step:], weights), step
+    return lrs
+
+
+def test_a_continued_schedule_goes_on_after_a_resume(saved: ModelCheckpoint) -> None:
+    def run(*callbacks: Callback, ckpt_path: Path | None = None) -> tuple[list[float], str]:
         module = scheduled(PerOption(options={"lr": OneCycle(momentum_low=0.8)}))
         chain = switch("4st", scheduler=Cosine(warmup="3st"), then=switch("7st", then=switch("12st", lr=0.1)))
         return fit(module, chain, ExactResume(), *callbacks, ckpt_path=ckpt_path), digest(module)
 
-    lrs, weights = run(None, saved)
-    resumed = run(tmp_path / f"step={step}.ckpt")
-    assert resumed == (lrs[step:], weights)
+    check_resumes(run, saved, (2, 5, 8, 11, 15))
 
 
 @pytest.mark.parametrize(
@@ -175,17 +180,15 @@ def test_a_phase_with_a_plateau_after_one_without_and_one_without_after_it() -> 
     assert lrs == [*curve(Linear(), 0.1, 40)[:8], *pytest.approx([0.02] * 16 + [0.01] * 8 + [0.02] * 8).expected]
 
 
-@pytest.mark.parametrize("step", [8, 16, 20, 24])
-def test_a_plateau_goes_on_after_a_resume(step: int, saved: ModelCheckpoint, tmp_path: Path) -> None:
-    def run(ckpt_path: Path | None = None, *callbacks: Callback) -> tuple[list[float], str]:
+def test_a_plateau_goes_on_after_a_resume(saved: ModelCheckpoint) -> None:
+    def run(*callbacks: Callback, ckpt_path: Path | None = None) -> tuple[list[float], str]:
         plateau = Plateau(monitor="val/loss", patience=1, factor=0.5, warmup="10st")
         module = attach(Standing(), optimizer=partial(Adam, lr=0.1), scheduler=Linear())
         lrs = fit(module, switch("4st", scheduler=plateau), ExactResume(), *callbacks, ckpt_path=ckpt_path, max_epochs=5)
         return lrs, digest(module)
 
-    lrs, weights = run(None, saved)
+    lrs = check_resumes(run, saved, (8, 16, 20, 24))
     assert min(lrs[-8:]) < max(lrs) / 2
-    assert run(tmp_path / f"step={step}.ckpt") == (lrs[step:], weights)
 
 
 def test_a_metric_that_is_not_logged_ends_the_run_with_those_that_are() -> None:
@@ -285,13 +288,15 @@ def test_pain_9_a_bare_number_is_refused() -> None:
     )
 
 
-def test_pain_12_pieces_are_right_after_a_resume_at_any_step(saved: ModelCheckpoint, tmp_path: Path) -> None:
+def test_pain_12_pieces_are_right_after_a_resume_at_any_step(saved: ModelCheckpoint) -> None:
     """torch's SequentialLR resumes with wrong learning rates (pytorch#162591)."""
     pieces = Piecewise(pieces={"rise": Linear(warmup="3st", length="5st"), "fall": Cosine(floor=0.1, warmup="2st")})
-    lrs = fit(scheduled(pieces), saved, ExactResume())
-    assert lrs == curve(pieces, 0.1, 16)
-    for step in (2, 4, 5, 6, 15):
-        assert fit(scheduled(pieces), ExactResume(), ckpt_path=tmp_path / f"step={step}.ckpt") == lrs[step:]
+
+    def run(*callbacks: Callback, ckpt_path: Path | None = None) -> tuple[list[float], str]:
+        module = scheduled(pieces)
+        return fit(module, ExactResume(), *callbacks, ckpt_path=ckpt_path), digest(module)
+
+    assert check_resumes(run, saved, (2, 4, 5, 6, 15)) == curve(pieces, 0.1, 16)
 
 
 # Resume with another schedule

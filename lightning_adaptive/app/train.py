@@ -100,7 +100,7 @@ def _train_in(folder: Path, config: DictConfig, signals: Signals) -> float | Non
             raise ConfigError(str(error)) from error
         raise
     if trainer.is_global_zero:
-        _close(trainer, folder, phases, monitor, metrics, tested, seed=config.seed)
+        _close(trainer, config, phases, metrics, tested)
     return metrics.get(monitor) if monitor else None
 
 
@@ -120,29 +120,30 @@ def _test(trainer: Trainer, model: LightningModule, data: LightningDataModule) -
 
 
 def _close(
-    trainer: Trainer,
-    folder: Path,
-    phases: Sequence[PhaseReport],
-    monitor: str | None,
-    metrics: dict[str, float],
-    tested: dict[str, float],
-    **facts: Any,
+    trainer: Trainer, config: DictConfig, phases: Sequence[PhaseReport], metrics: dict[str, float], tested: dict[str, float]
 ) -> None:
     """Writes and shows what the run did."""
     from lightning_adaptive import report
     from lightning_adaptive.app.show import show_result
     from lightning_adaptive.tables import markdown
 
+    folder, monitor = Path(config.output_dir), config.task.get("monitor")
     header, rows = report.table(phases, monitor)
     test = "  ".join(f"{name} {value:.4f}" for name, value in tested.items())
     lines = [*report.explanations(phases), *([f"test   {test}"] if test else [])]
     (folder / "summary.md").write_text("\n\n".join([markdown(header, rows), *lines, ""]), encoding="utf-8")
-    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    facts |= {"steps": trainer.global_step, "best_checkpoint": os.path.relpath(best, folder) if best else None}
     curves = folder / "metrics.csv"
     if curves.is_file():
         report.picture(curves, phases, monitor, folder / "run.png")
-    report.write_result(folder / RESULT, phases, {**metrics, **tested}, **facts)
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    report.write_result(
+        folder / RESULT,
+        phases,
+        {**metrics, **tested},
+        seed=config.seed,
+        steps=trainer.global_step,
+        best_checkpoint=os.path.relpath(best, folder) if best else None,
+    )
     show_result(header, rows, lines, folder)
 
 
