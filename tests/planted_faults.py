@@ -278,7 +278,7 @@ FAULTS = (
         "checkpoints.py",
         "mmap=True, weights_only=True",
         "mmap=True, weights_only=False",
-        "restore.py::test_a_class_that_a_checkpoint_names_is_not_imported",
+        "checkpoints.py::test_nothing_runs_that_a_checkpoint_has_pickled",
     ),
     Fault(
         "the old scheduler stays, and keeps the old optimizer alive",
@@ -299,7 +299,7 @@ FAULTS = (
         "settings.py",
         'group.get(f"initial_{name}", group[name])',
         "group[name]",
-        "groups_in_runs.py::test_a_run_with_rules_on_either_side_of_the_switch_resumes_bit_for_bit",
+        "phases.py::test_settings_of_groups_are_those_of_the_configuration_and_not_what_a_schedule_makes_of_them",
     ),
     Fault(
         "a switch comes one step late",
@@ -348,7 +348,7 @@ FAULTS = (
         "exact_resume.py",
         "random_states.give(self._before_validation,",
         "random_states.give(random_states.take(trainer.strategy.root_device),",
-        "exact_resume.py::test_every_checkpoint_leads_back[validated]",
+        "exact_resume.py::test_a_validation_draws_nothing_from_what_training_draws_from",
     ),
     Fault(
         "pending batches are not seen again",
@@ -421,18 +421,25 @@ FAULTS = (
         "config.py::test_a_module_of_the_working_folder_is_refused_before_it_is_imported",
     ),
     Fault(
-        "a compiled module keeps its own optimizer",
+        "an optimizer that is built already is taken for a factory",
         "hooks.py",
-        'getattr(module, "_orig_mod", module)',
-        "module",
-        "attach.py::test_a_compiled_module_before_and_after",
+        'check_factory(factory, Optimizer, "optimizer")',
+        "pass",
+        "attach.py::test_attach_refuses_at_once",
     ),
     Fault(
-        "a checkpoint that does not fit ends with another exit code",
+        "a mistake in a command ends as a failed training does",
         "app/cli.py",
         "_fail(str(error), error.exit_code)",
         "_fail(str(error), 1)",
-        "cli_resume.py::test_where_no_run_goes_on",
+        "mistakes.py::test_a_mistake_beside_train",
+    ),
+    Fault(
+        "a checkpoint that is none ends as a failed training does",
+        "app/job.py",
+        "sys.exit(error.exit_code)",
+        "sys.exit(1)",
+        "mistakes.py::test_a_file_that_is_no_checkpoint_gets_code_3",
     ),
     Fault(
         "a job takes the folder of another config",

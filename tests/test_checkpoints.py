@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import shutil
 import zipfile
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from lightning_adaptive import CheckpointError, checkpoints
-from lightning_adaptive.checkpoints import MANIFEST, saved_step
+from lightning_adaptive.checkpoints import MANIFEST, read_metadata, saved_step
 from tests.support import Net
 
 
@@ -316,6 +317,27 @@ def test_the_newest_is_furthest_in_training_then_youngest_and_never_broken(tmp_p
     (tmp_path / "d.ckpt").write_bytes(b"")
     assert checkpoints.newest(tmp_path) == (tmp_path / "b.ckpt", {tmp_path / "d.ckpt": "the file is empty"})
     assert checkpoints.newest(tmp_path / "none") == (None, {})
+
+
+class Touch:
+    """Leaves a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_nothing_runs_that_a_checkpoint_has_pickled(tmp_path: Path) -> None:
+    path, mark = tmp_path / "hostile.ckpt", tmp_path / "ran"
+    torch.save({"global_step": 8, "callbacks": Touch(mark)}, path)
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        read_metadata(path)
+    assert checkpoints.newest(tmp_path) == (None, {path: "no checkpoint of a training"})
+    assert not mark.exists()
+    torch.load(path, weights_only=False)
+    assert mark.exists(), "it would have run"
 
 
 # A crash while one is written

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import WeightedRandomSampler
 
-from tests.exactness import Case, resume_everywhere
+from tests.exactness import Case, resume_everywhere, run
 from tests.pair import Pair
 
 CASES = {
@@ -53,6 +53,11 @@ def test_checkpoints_within_a_step_lead_back(name: str, tmp_path: Path) -> None:
     count, differing = resume_everywhere(CASES[name], tmp_path, every_batch=True)
     assert count >= 23
     assert differing == {}
+
+
+def test_a_validation_draws_nothing_from_what_training_draws_from() -> None:
+    validated, alone = run(Case(validated=True), None, 1), run(Case(), None, 1)
+    assert (validated.weights, validated.random, validated.seen) == (alone.weights, alone.random, alone.seen)
 
 
 def test_plain_lightning_does_not_lead_back(tmp_path: Path) -> None:

@@ -169,6 +169,15 @@ def test_schedule_lr_goes_on_from_a_learning_rate_decided_at_run_time() -> None:
     assert resumed.param_groups[0]["lr"] == running.param_groups[0]["lr"] == pytest.approx(0.019 * schedule(CLOCK)(11))
 
 
+def test_settings_of_groups_are_those_of_the_configuration_and_not_what_a_schedule_makes_of_them() -> None:
+    groups = [{"params": [TENSORS["a"]], "name": "x"}, {"params": [TENSORS["b"]], "name": "y", "lr": 0.5}]
+    optimizer = SGD(groups, lr=0.1)
+    configured = settings.of_groups(optimizer, "param_groups")
+    ScheduleLR(optimizer, Cosine(warmup="10st"), CLOCK)
+    assert optimizer.param_groups[1]["lr"] == pytest.approx(0.05)
+    assert settings.of_groups(optimizer, "param_groups") == configured == {"param_groups.y.lr": 0.5}
+
+
 def test_counts_the_bytes_of_an_optimizers_state() -> None:
     parameter = torch.nn.Parameter(torch.zeros(100))
     parameter.grad = torch.ones(100)
