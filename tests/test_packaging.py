@@ -277,14 +277,6 @@ def test_the_plugin_imports_neither_torch_nor_the_package() -> None:
     assert imported("import numpy", *heavy) == ["numpy"], "the probe sees what is imported"
 
 
-def test_the_package_imports_nothing_heavy() -> None:
-    assert imported("import lightning_adaptive; lightning_adaptive.__version__", "torch", "lightning", "hydra") == []
-
-
-def test_the_callback_does_not_import_hydra() -> None:
-    assert imported("from lightning_adaptive import OptimizerSwitchCallback", "lightning", "hydra") == ["lightning"]
-
-
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["train", "--cfg", "job"], ["train", "optimizer=adamv"]])
 def test_help_and_slips_of_the_pen_do_not_wait_for_torch(arguments: list[str]) -> None:
     code = (
