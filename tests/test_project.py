@@ -160,6 +160,17 @@ def test_the_arrows_have_no_circle() -> None:
             assert name.startswith("app.") or order.index(target) < order.index(name), f"{name} -> {target}"
 
 
+def test_the_guide_names_every_room() -> None:
+    house = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Follow a setting")[0]
+    rooms = {name for name, _ in modules() if "." not in name} - {"__main__"}
+    assert rooms == {
+        Path(file).stem
+        for row in house.splitlines()
+        if row.startswith("| `")
+        for file in re.findall(r"`(\w+\.py)`", row.split("|")[1])
+    }
+
+
 def test_every_exported_name_exists_where_it_is_said_to_be() -> None:
     for name in lightning_adaptive.__all__:
         home = lightning_adaptive._HOMES[name]
