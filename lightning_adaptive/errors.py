@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +45,23 @@ class CheckpointError(UserError, RuntimeError):
     """A checkpoint that is missing, damaged, or does not fit this run."""
 
     exit_code = 3
+
+
+@contextmanager
+def reading(whose: str, state: Mapping[str, Any], version: int) -> Iterator[None]:
+    """Around a block that reads what a callback has saved: what cannot be read is a `CheckpointError`.
+
+    Args:
+        whose: the callback.
+        state: what it has saved.
+        version: the version that is read.
+    """
+    if state.get("version") != version:
+        raise CheckpointError(f"the checkpoint holds {whose}'s state in version {state.get('version')!r}, not {version}.")
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{whose}'s state in the checkpoint is damaged: {error!r}.") from error
 
 
 @contextmanager

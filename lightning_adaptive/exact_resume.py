@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from lightning_adaptive import checkpoints, random_states, strategies
 from lightning_adaptive.data_order import OrderedLoader, can_be_ordered, doubt
-from lightning_adaptive.errors import CheckpointError, ConfigError
+from lightning_adaptive.errors import CheckpointError, ConfigError, reading
 from lightning_adaptive.random_states import States, mix
 
 STATE_VERSION = 1
@@ -68,10 +68,7 @@ class SavedState:
         Raises:
             CheckpointError: for another version, or values of the wrong type or range.
         """
-        version = state.get("version")
-        if version != STATE_VERSION:
-            raise CheckpointError(f"the checkpoint holds ExactResume's state in version {version!r}, not {STATE_VERSION}.")
-        try:
+        with reading("ExactResume", state, STATE_VERSION):
             saved = cls(
                 random=state["random"],
                 seeds=[[int(seed) for seed in row] for row in state["seeds"]],
@@ -82,8 +79,6 @@ class SavedState:
                 metrics={str(name): float(value) for name, value in state["metrics"].items()},
             )
             rows, _ = saved.random.shape
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"ExactResume's state in the checkpoint is damaged: {error!r}.") from error
         if saved.pending < 0 or rows != len(saved.seeds):
             raise CheckpointError(
                 f"ExactResume's state in the checkpoint is damaged: random states of {rows} processes, seeds of "

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_adaptive import strategies, trainers
 from lightning_adaptive.combined import needs_closure
-from lightning_adaptive.errors import CheckpointError, ConfigError, check_count, is_number
+from lightning_adaptive.errors import ConfigError, check_count, is_number, reading
 from lightning_adaptive.gradient_norms import Leaf, OwnGradients, ShardedGradients, StepNorms
 from lightning_adaptive.noise_scale import STATES, GradientNoiseScale
 
@@ -289,18 +289,13 @@ def _leaves(groups: Sequence[Sequence[Tensor]], flat: Sequence[tuple[Tensor, Seq
 
 
 def _restored(decay: float, state: Mapping[str, Any]) -> GradientNoiseScale:
-    version = state.get("version")
-    if version != STATE_VERSION:
-        raise CheckpointError(f"the checkpoint holds GradientNoiseMonitor's state in version {version!r}, not {STATE_VERSION}.")
-    try:
+    with reading("GradientNoiseMonitor", state, STATE_VERSION):
         metric = GradientNoiseScale(decay, [str(name) for name in state["groups"]])
         for name in STATES:
             value = torch.tensor(state[name], dtype=torch.float64)
             if value.shape != getattr(metric, name).shape:
                 raise ValueError(f"{name} has the shape {tuple(value.shape)}")
             setattr(metric, name, value)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"GradientNoiseMonitor's state in the checkpoint is damaged: {error!r}.") from error
     return metric
 
 

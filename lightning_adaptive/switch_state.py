@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_adaptive.errors import CheckpointError
+from lightning_adaptive.errors import CheckpointError, reading
 from lightning_adaptive.param_groups import Group, Partition, members
 from lightning_adaptive.settings import Settings
 from lightning_adaptive.triggers import Memory
@@ -66,15 +66,8 @@ class SwitchState:
         Raises:
             CheckpointError: for another version, or values of the wrong type or range.
         """
-        version = state.get("version")
-        if version != STATE_VERSION:
-            raise CheckpointError(
-                f"the checkpoint holds the switch's state in version {version!r}, this package reads version {STATE_VERSION}."
-            )
-        try:
+        with reading("the switch", state, STATE_VERSION):
             found = cls(**{name: read(state[name]) for name, read in _READERS.items()})
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the switch's state in the checkpoint is damaged: {error!r}.") from error
         if found.phase < 0 or not 0 <= found.schedule_step <= found.first_step:
             raise CheckpointError(
                 f"the switch's state in the checkpoint is damaged: phase {found.phase}, first step {found.first_step}, of its "

@@ -220,7 +220,7 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path) -> None:
     changed = saved_state(tmp_path, version=2)
     with pytest.raises(CheckpointError) as caught:
         run(CASES["epoch"], tmp_path, changed)
-    assert str(caught.value) == "the checkpoint holds the switch's state in version 2, this package reads version 1."
+    assert str(caught.value) == "the checkpoint holds the switch's state in version 2, not 1."
 
 
 @pytest.mark.parametrize(
