@@ -44,6 +44,8 @@ from tests.cpu_strategies import STRATEGIES, CpuFSDP, ShardableNet
 from tests.pair import Pair
 from tests.support import ROOT, Net, dataset, loader, trainer
 
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+
 Batch = tuple[Tensor, Tensor]
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -698,15 +700,10 @@ def resumed(strategy: str, folder: Path) -> list[tuple[int, bool]]:
     return found
 
 
-ABOUT_RESUME = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint")
-
-
-@ABOUT_RESUME
 def test_a_resumed_run_goes_on_with_the_same_values(tmp_path: Path) -> None:
     assert resumed("one", tmp_path) == [(step, True) for step in range(1, 12)]
 
 
-@ABOUT_RESUME
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2 sharded"])
 def test_a_resumed_run_of_two_processes_goes_on_with_the_same_values(strategy: str, tmp_path: Path, pair: Pair) -> None:
     for found in pair.run(resumed, strategy, tmp_path):
