@@ -37,7 +37,7 @@ from lightning_adaptive import (
     ParamGroups,
     strategies,
 )
-from lightning_adaptive.gradient_norms import _norms
+from lightning_adaptive.gradient_norms import norms_of
 from lightning_adaptive.noise_scale import estimates
 from lightning_adaptive.report import read_curves
 from tests.cpu_strategies import STRATEGIES, CpuFSDP, ShardableNet
@@ -310,7 +310,7 @@ def test_norms_of_large_gradients_are_exact(turned: bool) -> None:
     """In one piece, torch 2.13 loses 7e-4 of the sum of 10 million squares on a CPU."""
     grad = torch.randn(2000, 2000, generator=torch.Generator().manual_seed(0)) * 1e-3
     grad = grad.t() if turned else grad
-    found = sum(float(norm) ** 2 for norm in _norms([grad]))
+    found = sum(float(norm) ** 2 for norm in norms_of([grad]))
     assert found == pytest.approx(float(grad.double().square().sum()), rel=1e-5)
     assert float(torch.linalg.vector_norm(grad)) ** 2 != pytest.approx(found, rel=1e-4)
 
