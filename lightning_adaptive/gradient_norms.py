@@ -76,7 +76,7 @@ class StepNorms(ABC):
     def _squared(self, grads: Mapping[int, Tensor]) -> Tensor:
         """Squared norms of gradients by their parameters' ``id``, one value for each group."""
         of_groups = [[grads[id(tensor)] for tensor in group if id(tensor) in grads] for group in self.groups]
-        return self._summed([_norms(group, self._holders) for group in of_groups])
+        return self._summed([norms_of(group, self._holders) for group in of_groups])
 
     def _holders(self, grad: Tensor) -> int:
         """How many processes hold each element of a gradient, of whose squares this one's share is then only a part."""
@@ -149,7 +149,7 @@ class OwnGradients(StepNorms):
             if count <= _SMALL and len(parts) == 1:
                 self._kept[index].append(grad)  # itself, and no view: then autograd knows, and does not give its memory to .grad
             else:
-                self._norms[index] += _norms([part])
+                self._norms[index] += norms_of([part])
             if id(leaf) in self._seen:
                 self.in_pieces = True
                 self._norms[index].append(torch.full((), math.nan, device=grad.device))
@@ -158,7 +158,7 @@ class OwnGradients(StepNorms):
     def _of_micro_batch(self, is_last: bool) -> Tensor:
         if not self._listens:
             return self.big
-        norms = [[*norms, *_norms(kept)] for norms, kept in zip(self._norms, self._kept, strict=True)]
+        norms = [[*norms, *norms_of(kept)] for norms, kept in zip(self._norms, self._kept, strict=True)]
         self.close()
         return self._summed(norms)
 
@@ -204,7 +204,7 @@ class ShardedGradients(StepNorms):
         return math.prod(repeats) * self._processes // mesh.size()
 
 
-def _norms(grads: Iterable[Tensor], holders: Callable[[Tensor], int] = lambda _: 1) -> list[Tensor]:
+def norms_of(grads: Iterable[Tensor], holders: Callable[[Tensor], int] = lambda _: 1) -> list[Tensor]:
     """Norms of gradients' pieces, so that their squares add up; of what several processes hold, to this one's share."""
     pieces = [(piece, holders(grad)) for grad in grads for piece in _pieces(_values(grad))]
     norms: list[Tensor] = []

@@ -515,14 +515,12 @@ class Combined(Trigger):
                 raise error.within(f"of.{name}") from None
         fired = {name: state["fired"] for name, state in of.items() if "fired" in state}
         after = {**memory, "of": of}
-        return {**after, "fired": self._joined(fired)} if self._is_enough(fired) else after
+        if not self._is_enough(fired):
+            return after
+        return {**after, "fired": " and ".join(f"{name}: {reason}" for name, reason in fired.items())}
 
     @abstractmethod
     def _is_enough(self, fired: Mapping[str, str]) -> bool: ...
-
-    @staticmethod
-    def _joined(fired: Mapping[str, str]) -> str:
-        return " and ".join(f"{name}: {reason}" for name, reason in fired.items())
 
     def __str__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}: {trigger}' for name, trigger in self.members())})"

@@ -56,6 +56,8 @@ from tests.support import ValidatedNet, counted_steps, dataset, loader, trainer
 from tests.test_resume import SaveOnException
 from tests.test_switch import TwoOptimizers
 
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+
 TO_SGD = partial(SGD, lr=0.1, momentum=0.9)
 STEPS_PER_EPOCH, STEPS = 4, 24
 
@@ -207,6 +209,11 @@ def run(case: Case, folder: Path | None = None, path: Path | None = None, extra:
     with told() as lines:
         runner.fit(case.net(), batches, validation, ckpt_path=path, weights_only=True)
     return Ended(watch.weights, watch.state, watch.groups, watch.classes, watch.lrs, watch.shown, lines)
+
+
+def of_each_rank(pair: Pair, strategy: str, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What a function returns on one process, or with a strategy on each of two."""
+    return pair.run(function, *arguments) if strategy else [function(*arguments)]
 
 
 def on(pair: Pair, case: Case, *arguments: Any) -> Ended:
@@ -522,8 +529,7 @@ def moved(strategy: str) -> tuple[float, list[float]]:
 
 @pytest.mark.parametrize("strategy", ["", *TWO])
 def test_the_guard_holds_the_whole_models_update(strategy: str, pair: Pair) -> None:
-    ranks = pair.run(moved, strategy) if strategy else [moved("")]
-    for limit, norms in ranks:
+    for limit, norms in of_each_rank(pair, strategy, moved, strategy):
         assert norms[:6] == [pytest.approx(limit, rel=1e-3)] * 6
         assert max(norms[6:]) > 1.2 * limit  # the window is over
 
@@ -612,30 +618,20 @@ def assert_resumed(steps: Sequence[int], whole: Ended, runs: Sequence[Ended]) ->
         assert all(torch.equal(ended.weights[name], tensor) for name, tensor in whole.weights.items()), where
 
 
-def scheduled_if(name: str) -> Callable[[], LightningModule]:
-    return scheduled if name == "continue" else GroupedNet
-
-
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-@pytest.mark.parametrize("name", RESUMED)
-def test_every_resume_ends_in_the_same_weights_state_and_options(name: str, tmp_path: Path) -> None:
-    make, steps = RESUMED[name]
-    assert_resumed(steps, *resumed(Case(make, net=scheduled_if(name)), tmp_path, steps))
-
-
 @pytest.mark.parametrize(
     ("strategy", "name"),
     [
-        (strategy, name) if (strategy, name) in (("ddp", "smooth"), ("fsdp2 sharded", "chain")) else slow(strategy, name)
-        for strategy in TWO
+        (strategy, name)
+        if not strategy or (strategy, name) in (("ddp", "smooth"), ("fsdp2 sharded", "chain"))
+        else slow(strategy, name)
+        for strategy in ("", *TWO)
         for name in RESUMED
     ],
 )
-def test_every_resume_ends_in_the_same_weights_state_and_options_on_two_processes(
-    strategy: str, name: str, pair: Pair, tmp_path: Path
-) -> None:
+def test_every_resume_ends_in_the_same_weights_state_and_options(strategy: str, name: str, pair: Pair, tmp_path: Path) -> None:
     make, steps = RESUMED[name]
-    for whole, runs in pair.run(resumed, Case(make, strategy, net=scheduled_if(name)), tmp_path, steps):
+    case = Case(make, strategy, scheduled if name == "continue" else GroupedNet)
+    for whole, runs in of_each_rank(pair, strategy, resumed, case, tmp_path, steps):
         assert_resumed(steps, whole, runs)
 
 
@@ -656,17 +652,14 @@ def with_other_settings(strategy: str, folder: Path, policy: str) -> list[list[d
     return [saved.groups, ended.groups]
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("policy", ["config", "checkpoint"])
 @pytest.mark.parametrize("strategy", ["", *(name if name == "ddp" else slow(name) for name in TWO)])
 def test_what_was_handed_over_survives_a_resume_with_other_settings(strategy: str, policy: str, pair: Pair, tmp_path: Path) -> None:
-    ranks = pair.run(with_other_settings, strategy, tmp_path, policy) if strategy else [with_other_settings("", tmp_path, policy)]
-    for saved, ended in ranks:
+    for saved, ended in of_each_rank(pair, strategy, with_other_settings, strategy, tmp_path, policy):
         expected = {"momentum": 0.8, "nesterov": True} if policy == "config" else {}
         assert ended == [{**group, **expected} for group in saved]
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_learning_rate_that_a_rule_gives_follows_the_config_on_a_resume(tmp_path: Path) -> None:
     def make(bias_lr: float, decay: float, policy: str) -> Callback:
         rules = ParamGroups(bias={"match": "*.bias", "lr": bias_lr, "weight_decay": decay})
@@ -681,7 +674,6 @@ def test_a_learning_rate_that_a_rule_gives_follows_the_config_on_a_resume(tmp_pa
     assert ended.groups == [plain, {**bias, "lr": 0.2, "initial_lr": 0.2, "weight_decay": 0.4}]
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_resume_between_two_switches_of_which_the_second_was_due_first(tmp_path: Path) -> None:
     """The trigger comes late, when the moment of the switch after it is over: that one comes a step later, resumed or not."""
     last = partial(switch, "own", "5st", optimizer=partial(Adam, lr=1e-3))
@@ -741,7 +733,6 @@ def observed(strategy: str, trigger: Trigger, folder: Path, steps: Sequence[int]
     return whole, runs
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize(
     ("strategy", "name"),
     [
@@ -755,13 +746,11 @@ def test_a_resume_within_what_a_trigger_observes_switches_at_the_same_step(
 ) -> None:
     trigger, moment = WINDOWS[name]
     steps = [step for step in (1, 3, 8, 12, 15) if step < moment] + [moment, moment + 1]
-    ranks = pair.run(observed, strategy, trigger, tmp_path, steps) if strategy else [observed(strategy, trigger, tmp_path, steps)]
-    for whole, runs in ranks:
+    for whole, runs in of_each_rank(pair, strategy, observed, strategy, trigger, tmp_path, steps):
         assert whole.classes == ["AdamW"] * moment + ["SGD"] * (STEPS - moment)
         assert_resumed(steps, whole, runs)
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_step_is_seen_once_where_batches_are_accumulated(tmp_path: Path) -> None:
     """The first batch after a resume makes no step, and its gradients are none of one."""
     options = {"accumulate_grad_batches": 2, "max_epochs": 12}
@@ -1009,7 +998,7 @@ def test_swats_refuses_a_fused_optimizer_that_unscales_by_itself() -> None:
     assert counts == {}
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 def test_a_step_within_the_guards_window_that_the_scaler_skips_counts(tmp_path: Path) -> None:
     """So the window of a run that resumes after it ends where that of the uninterrupted run does."""
     steps = [11, 13, 15]
@@ -1022,7 +1011,6 @@ def test_a_step_within_the_guards_window_that_the_scaler_skips_counts(tmp_path: 
 # All or nothing
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize(
     "part",
     ["handover._matched", "handover._match_decay", "handover._carry", "handover._sums", "switch.build_scheduler"],
@@ -1099,7 +1087,6 @@ def manual(folder: Path | None, path: Path | None) -> tuple[dict[str, torch.Tens
     return whole_weights(runner), lrs, dict(counts)
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_one_of_several_optimizers_hands_over_and_resumes_within_the_guards_window(tmp_path: Path) -> None:
     """The window of six steps holds three of this optimizer's updates, since steps of both count."""
     weights, lrs, counts = manual(tmp_path, None)

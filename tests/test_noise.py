@@ -37,12 +37,14 @@ from lightning_adaptive import (
     ParamGroups,
     strategies,
 )
-from lightning_adaptive.gradient_norms import _norms
+from lightning_adaptive.gradient_norms import norms_of
 from lightning_adaptive.noise_scale import estimates
 from lightning_adaptive.report import read_curves
 from tests.cpu_strategies import STRATEGIES, CpuFSDP, ShardableNet
 from tests.pair import Pair
 from tests.support import ROOT, Net, dataset, loader, trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 
 Batch = tuple[Tensor, Tensor]
 
@@ -308,7 +310,7 @@ def test_norms_of_large_gradients_are_exact(turned: bool) -> None:
     """In one piece, torch 2.13 loses 7e-4 of the sum of 10 million squares on a CPU."""
     grad = torch.randn(2000, 2000, generator=torch.Generator().manual_seed(0)) * 1e-3
     grad = grad.t() if turned else grad
-    found = sum(float(norm) ** 2 for norm in _norms([grad]))
+    found = sum(float(norm) ** 2 for norm in norms_of([grad]))
     assert found == pytest.approx(float(grad.double().square().sum()), rel=1e-5)
     assert float(torch.linalg.vector_norm(grad)) ** 2 != pytest.approx(found, rel=1e-4)
 
@@ -698,15 +700,10 @@ def resumed(strategy: str, folder: Path) -> list[tuple[int, bool]]:
     return found
 
 
-ABOUT_RESUME = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint")
-
-
-@ABOUT_RESUME
 def test_a_resumed_run_goes_on_with_the_same_values(tmp_path: Path) -> None:
     assert resumed("one", tmp_path) == [(step, True) for step in range(1, 12)]
 
 
-@ABOUT_RESUME
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2 sharded"])
 def test_a_resumed_run_of_two_processes_goes_on_with_the_same_values(strategy: str, tmp_path: Path, pair: Pair) -> None:
     for found in pair.run(resumed, strategy, tmp_path):
