@@ -253,18 +253,18 @@ def describe(optimizer: Optimizer) -> str:
 
 
 def lrs(optimizer: Optimizer) -> list[float]:
-    """Each group's current learning rate."""
-    return [float(group["lr"]) for group in optimizer.param_groups]
+    """The current learning rate of each group that has one."""
+    return [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
 
 
 def format_lrs(values: Iterable[float]) -> str:
-    """Learning rates in words, each once; of many, the least and the greatest.
+    """Learning rates in words, each once; of many, the least and the greatest; of none a dash.
 
     >>> format_lrs([0.1, 0.1]), format_lrs([0.1, 0.01]), format_lrs([0.1, 0.2, 0.3, 0.4, 0.5])
     ('1.0e-01', '1.0e-01/1.0e-02', '1.0e-01..5.0e-01')
     """
     values = list(values)
-    words = list(dict.fromkeys(f"{value:.1e}" for value in values))
+    words = list(dict.fromkeys(f"{value:.1e}" for value in values)) or ["-"]
     return "/".join(words) if len(words) <= 4 else f"{min(values):.1e}..{max(values):.1e}"
 
 

@@ -101,7 +101,7 @@ class RunReport(Callback):
             self._begin(trainer)
         if batch_idx == 0:
             self._loss, self._batches = None, 0
-        self._lrs = [group["lr"] for group in running_optimizer(trainer).param_groups]
+        self._lrs = [group["lr"] for group in running_optimizer(trainer).param_groups if "lr" in group]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs

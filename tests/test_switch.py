@@ -22,7 +22,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
-from torch.optim import LBFGS, SGD, Adam, AdamW, RMSprop
+from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, RMSprop
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -208,6 +208,29 @@ def test_a_chain_of_switches(caplog: pytest.LogCaptureFixture) -> None:
     assert watch.switched_at == [(0, "Adam"), (8, "SGD"), (24, "AdamW")]
     assert caplog.text.count("SWITCH at") == 2
     assert repr(switch) == "OptimizerSwitchCallback(at=1ep; at=75%)"
+
+
+class SignNet(Net):
+    """Its optimizer has no learning rate."""
+
+    def configure_optimizers(self) -> Any:
+        return SignOfGradient(self.parameters(), {})
+
+
+class SignOfGradient(Optimizer):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = closure()
+        for parameter in self.param_groups[0]["params"]:
+            parameter.sub_(parameter.grad.sign(), alpha=1e-3)
+        return loss
+
+
+def test_from_an_optimizer_without_a_learning_rate(caplog: pytest.LogCaptureFixture) -> None:
+    with counted_steps() as counts, caplog.at_level(logging.INFO):
+        trainer(max_epochs=4, callbacks=[OptimizerSwitchCallback(at="2ep", optimizer=TO_SGD)]).fit(SignNet(), loader())
+    assert counts == {"SignOfGradient": 16, "SGD": 16}
+    assert "SignOfGradient lr - -> SGD lr 1.0e-01" in caplog.text
 
 
 def test_lbfgs_as_target() -> None:
