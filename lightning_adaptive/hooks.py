@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_adaptive import config, phases, strategies, trainers
+from lightning_adaptive import config, module_parameters, phases, strategies, trainers
 from lightning_adaptive.errors import ConfigError, check_factory, within
 from lightning_adaptive.lr_schedulers import SchedulerLike
 from lightning_adaptive.param_groups import Inherit, ParamGroups
@@ -84,8 +84,9 @@ def _first_phase(optimizer: Any, scheduler: Any, param_groups: Any) -> tuple[Opt
 def _configure(
     module: LightningModule, optimizer: OptimizerFactory, scheduler: SchedulerLike | None, param_groups: ParamGroups
 ) -> dict[str, Any] | tuple[list[Optimizer], list[dict[str, Any]]]:
+    placement = strategies.placement(module.trainer)
     with within("param_groups"):
-        partition = param_groups.partition(strategies.described(module))
-    phase = phases.build(optimizer, scheduler, partition, strategies.parameters(module), trainers.clock(module.trainer))
-    strategies.placement(module.trainer).check_optimizer(phase.optimizer)
+        partition = param_groups.partition(module_parameters.described(module, placement.full_shapes(module)))
+    phase = phases.build(optimizer, scheduler, partition, module_parameters.tensors(module), trainers.clock(module.trainer))
+    placement.check_optimizer(phase.optimizer)
     return phase.configuration()

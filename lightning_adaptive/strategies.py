@@ -1,4 +1,4 @@
-"""What Lightning holds while it trains: a module's parameters, and the optimizer and scheduler of its strategy.
+"""What Lightning holds while it trains: the optimizer and the scheduler of its strategy.
 
 One of the two files that know Lightning's inside (the private names are listed in ``tests/test_lightning_names.py``).
 """
@@ -13,7 +13,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,14 +36,14 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerSta
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.types import LRSchedulerConfig
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import SGD, Optimizer
 
+from lightning_adaptive import module_parameters
 from lightning_adaptive.combined import CombinedOptimizer, class_name, needs_closure, parts
 from lightning_adaptive.errors import ConfigError
-from lightning_adaptive.rules import Parameter
 
 SEEN = ("2.6",)
 """Minor versions of Lightning on which the private names of this file were seen to hold."""
@@ -149,7 +148,7 @@ class Plain:
         Args:
             module: the module, in place where the strategy shards.
         """
-        named = parameters(module).items()
+        named = module_parameters.tensors(module).items()
         return {name: self._full_shape(tensor) for name, tensor in named if not isinstance(tensor, UninitializedParameter)}
 
     def _full_shape(self, tensor: Tensor) -> tuple[int, ...]:
@@ -701,55 +700,6 @@ def running_optimizer(trainer: Trainer) -> Optimizer:
 
 def _unwrapped(optimizer: Any) -> Any:
     return optimizer if isinstance(optimizer, Optimizer) else getattr(optimizer, "optimizer", optimizer)
-
-
-def parameter_names(module: LightningModule) -> dict[int, str]:
-    """Names of the module's parameters by ``id``; a tied parameter has the first of its names."""
-    return {id(parameter): _plain(name) for name, parameter in module.named_parameters()}
-
-
-def parameters(module: LightningModule) -> dict[str, Tensor]:
-    """The module's parameters by name, with the names that `parameter_names` gives."""
-    return {_plain(name): parameter for name, parameter in module.named_parameters()}
-
-
-def described(module: LightningModule) -> list[Parameter]:
-    """What rules for groups can know of the module's parameters, by the names that `parameters` gives.
-
-    Args:
-        module: a module that is attached to its trainer; in place, where the strategy shards.
-    """
-    shapes = placement(module.trainer).full_shapes(module)
-    found: dict[int, Parameter] = {}
-    # With duplicates, so that a tied parameter is known under each of its names.
-    for prefix, holder in module.named_modules(remove_duplicate=False):
-        for name, tensor in holder.named_parameters(prefix, recurse=False):
-            plain, classes = _plain(name), _class_names(type(holder))
-            first = found.get(id(tensor))
-            if first is None:
-                found[id(tensor)] = Parameter(plain, shapes.get(plain), classes, tensor.requires_grad)
-            elif plain not in first.names:
-                both = tuple(dict.fromkeys((*first.modules, *classes)))
-                found[id(tensor)] = replace(first, modules=both, aliases=(*first.aliases, plain))
-    return list(found.values())
-
-
-def _class_names(cls: type[nn.Module]) -> tuple[str, ...]:
-    """A module's class and its bases, as a user may write them; of torch's also the short path."""
-    names: dict[str, None] = {}
-    for base in cls.__mro__:
-        if issubclass(base, nn.Module) and base is not nn.Module:
-            names |= dict.fromkeys((base.__name__, f"{base.__module__}.{base.__qualname__}"))
-            if vars(nn).get(base.__name__) is base:
-                names[f"torch.nn.{base.__name__}"] = None
-    return tuple(names)
-
-
-def _plain(name: str) -> str:
-    """A parameter's name without what wrappers put into it."""
-    for wrapper in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
-        name = name.replace(wrapper, "")
-    return name
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_adaptive import checkpoints, moments, phases, settings, strategies, trainers
+from lightning_adaptive import checkpoints, module_parameters, moments, phases, settings, strategies, trainers
 from lightning_adaptive import handover as handovers
 from lightning_adaptive.chain import PlannedPhase, Switch, linked
 from lightning_adaptive.combined import class_name
@@ -28,6 +28,7 @@ from lightning_adaptive.lr_schedulers import ScheduleLR, SchedulerConfig, Schedu
 from lightning_adaptive.noise import find_monitor
 from lightning_adaptive.param_groups import Inherit, ParamGroups, Partition, extend, members, named_tensors, split
 from lightning_adaptive.phases import OptimizerFactory, Phase, format_bytes
+from lightning_adaptive.rules import Parameter
 from lightning_adaptive.schedules import Continue, Schedule
 from lightning_adaptive.settings import Settings
 from lightning_adaptive.switch_state import SwitchState, check_first_phase, check_later_phase, check_shapes
@@ -207,8 +208,8 @@ class OptimizerSwitchCallback(Callback):
             for switch in self.chain:
                 with within(switch.key):
                     switch.check_manual(has_scheduler)
-        partition = phases.inheritable(placement.optimizer, placement.groups, strategies.parameter_names(pl_module))
-        self._tensors = {**named_tensors(placement.groups, partition), **strategies.parameters(pl_module)}
+        partition = phases.inheritable(placement.optimizer, placement.groups, module_parameters.names(pl_module))
+        self._tensors = {**named_tensors(placement.groups, partition), **module_parameters.tensors(pl_module)}
         self._trainer_clip_val = trainer.gradient_clip_val
         self._first = {
             **settings.of_optimizer(placement.optimizer, "optimizer"),
@@ -303,7 +304,7 @@ class OptimizerSwitchCallback(Callback):
             ConfigError: for a moment outside the training or not after the one before it, and for a phase that cannot be built.
         """
         clock, placement = _clock(trainer), self._placement(trainer)
-        described = strategies.described(trainer.lightning_module)
+        described = self._described(trainer)
         partition, previous, before = self._state.partition, self._latest_moment(clock), placement.optimizer
         running, begun = _scheduler(placement), self._state.schedule_step
         for switch in self.chain[self.phase :]:
@@ -348,11 +349,11 @@ class OptimizerSwitchCallback(Callback):
         optimizer, _ = phases.build_optimizer(switch.optimizer, partition, self._tensors)
         if len(optimizer.param_groups) != len(partition):
             return partition
-        return phases.inheritable(optimizer, optimizer.param_groups, strategies.parameter_names(trainer.lightning_module))
+        return phases.inheritable(optimizer, optimizer.param_groups, module_parameters.names(trainer.lightning_module))
 
     def _plan(self, trainer: Trainer) -> None:
         """Fixes the moments, and settles with the checkpoint what this run is configured with."""
-        clock, described = _clock(trainer), strategies.described(trainer.lightning_module)
+        clock, described = _clock(trainer), self._described(trainer)
         now = dict(self._first)
         for switch in self.chain[: self.phase]:
             with within(switch.key):
@@ -504,8 +505,8 @@ class OptimizerSwitchCallback(Callback):
     def _build_next(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Phase, SwitchState, Crossed]:
         switch, step = self.chain[self.phase], trainer.global_step
         placement, clock = self._placement(trainer), _clock(trainer, step)
-        running = phases.record(placement.optimizer, placement.groups, strategies.parameter_names(pl_module))
-        partition = switch.partition(extend(self._state.partition, running), strategies.described(pl_module))
+        running = phases.record(placement.optimizer, placement.groups, module_parameters.names(pl_module))
+        partition = switch.partition(extend(self._state.partition, running), self._described(trainer))
         schedule, begun = switch.schedule(_scheduler(placement), self._state.schedule_step, step)
         groups = split(partition) if switch.is_split else partition
         optimizer, notes = phases.build_optimizer(switch.optimizer, groups, self._tensors)
@@ -593,7 +594,7 @@ class OptimizerSwitchCallback(Callback):
         switch = self.chain[state.phase - 1]
         clock = _clock(trainer, first_step=state.first_step)
         with within(switch.key):
-            partition = switch.partition(state.partition, strategies.described(trainer.lightning_module))
+            partition = switch.partition(state.partition, self._described(trainer))
             self._configured = partition if members(partition) == members(state.partition) else None
             # Rules that regroup would put the saved state onto other parameters; the options come back with that state.
             built_for = state.partition if self._configured is None else partition
@@ -623,7 +624,7 @@ class OptimizerSwitchCallback(Callback):
         if earlier is None:
             running: Any = _scheduler(self._placement(trainer))
         else:
-            partition = earlier.partition(self._state.partition, strategies.described(trainer.lightning_module))
+            partition = earlier.partition(self._state.partition, self._described(trainer))
             clock = _clock(trainer, self._state.schedule_step)
             running = phases.build(earlier.optimizer, earlier.scheduler, partition, self._tensors, clock).lr_scheduler
         return switch.schedule(running, self._state.schedule_step, self._state.first_step)[0]
@@ -680,6 +681,10 @@ class OptimizerSwitchCallback(Callback):
 
     def _placement(self, trainer: Trainer) -> strategies.Plain:
         return strategies.placement(trainer, self.optimizer_index)
+
+    def _described(self, trainer: Trainer) -> list[Parameter]:
+        module = trainer.lightning_module
+        return module_parameters.described(module, self._placement(trainer).full_shapes(module))
 
     def _log(self, trainer: Trainer, values: dict[str, float]) -> None:
         trainers.log_metrics(trainer, values, trainer.global_step)
