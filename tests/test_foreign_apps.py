@@ -202,7 +202,7 @@ def test_a_module_may_use_our_optimizer_files_without_our_function(composed: Com
 @pytest.mark.parametrize("name", sorted({path.stem for path in (ROOT / "conf" / "optimizer").glob("*.yaml")} - {"custom"}))
 def test_no_file_of_ours_puts_omegaconf_into_an_optimizer(composed: Compose, name: str) -> None:
     cfg = composed(f"optimizer={name}", f"optimizer@switch.optimizer={name}")
-    for factory in (instantiate(cfg.optimizer), instantiate(cfg.switch).optimizer):
+    for factory in (instantiate(cfg.optimizer), instantiate(cfg.switch).chain[0].optimizer):
         assert kinds(built(factory, *(("hidden", "default") if name == "muon" else ()))) <= {
             bool,
             int,
@@ -225,8 +225,8 @@ def test_a_file_of_their_own_is_plain_where_we_build_it(composed: Compose) -> No
     assert ListConfig in kinds(built(handed)), "the trouble exists"
     assert ListConfig not in kinds(built(config.optimizer_factory(handed)))
     assert ListConfig not in kinds(built(config.optimizer_factory(cfg.optimizer)))
-    assert ListConfig not in kinds(built(instantiate(cfg.switch).optimizer))
-    assert ListConfig not in kinds(built(config.switch(cfg.switch).optimizer))  # type: ignore[union-attr]
+    assert ListConfig not in kinds(built(instantiate(cfg.switch).chain[0].optimizer))
+    assert ListConfig not in kinds(built(config.switch(cfg.switch).chain[0].optimizer))  # type: ignore[union-attr]
 
 
 def test_a_partial_keeps_hydras_watch_over_its_call(composed: Compose) -> None:
@@ -274,7 +274,7 @@ def test_a_checkpoint_of_either_phase_loads_and_goes_on(composed: Compose, first
 def test_a_config_may_be_instantiated_as_a_whole(composed: Compose, convert: str) -> None:
     whole = instantiate(composed("scheduler.warmup=1ep", "switch.scheduler.floor=0.1"), _convert_=convert)
     assert config.scheduler(whole["scheduler"]) == la.Cosine(warmup="1ep")
-    assert whole["switch"].scheduler == la.Cosine(floor=0.1)
+    assert whole["switch"].chain[0].scheduler == la.Cosine(floor=0.1)
     model = Own(whole["optimizer"], whole["scheduler"], whole["param_groups"])
     assert fit(model, whole["switch"]) == {"AdamW": 8, "SGD": 8}
 

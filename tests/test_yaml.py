@@ -342,7 +342,7 @@ def test_pieces_are_chosen_added_and_left_out_by_name(overrides: list[str], word
     at_the_switch = [override.replace("scheduler.pieces", "switch.scheduler.pieces") for override in overrides]
     built = config.switch(composed("scheduler@switch.scheduler=piecewise", *at_the_switch).switch)
     assert built is not None
-    assert str(built.scheduler) == f"piecewise, pieces {words}"
+    assert str(built.chain[0].scheduler) == f"piecewise, pieces {words}"
 
 
 @pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "none"])
