@@ -35,7 +35,7 @@ from lightning_adaptive import Clock, Constant, Cosine, Schedule, moments
 from lightning_adaptive.guard import Guard
 from lightning_adaptive.handover import PRESETS, Handover, cross
 from lightning_adaptive.lr_schedulers import ScheduleLR
-from lightning_adaptive.param_groups import Group, split
+from lightning_adaptive.partitions import Group, split
 from lightning_adaptive.tables import markdown
 from lightning_adaptive.triggers import Memory, Projection, Seen, Swats
 

@@ -15,7 +15,7 @@ from torch.optim import SGD, Adam, Optimizer
 from lightning_adaptive import moments
 from lightning_adaptive.durations import Clock
 from lightning_adaptive.handover import PRESETS, Whole, cross
-from lightning_adaptive.param_groups import Group, split
+from lightning_adaptive.partitions import Group, split
 from lightning_adaptive.phases import build_optimizer
 from lightning_adaptive.triggers import Projection, Seen, Swats
 

@@ -18,7 +18,8 @@ from lightning_adaptive.durations import Clock, Duration
 from lightning_adaptive.errors import ConfigError, ConfigTypeError, check_factory, is_number, within
 from lightning_adaptive.handover import Handover
 from lightning_adaptive.lr_schedulers import ScheduleLR, SchedulerConfig, SchedulerFactory, describe_schedule
-from lightning_adaptive.param_groups import Inherit, ParamGroups, Partition
+from lightning_adaptive.param_groups import Inherit, ParamGroups
+from lightning_adaptive.partitions import Partition
 from lightning_adaptive.phases import OptimizerFactory, Phase
 from lightning_adaptive.rules import Parameter
 from lightning_adaptive.schedules import Continue, Plateau, Schedule

@@ -11,7 +11,7 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_adaptive.errors import ConfigError, ConfigTypeError, check_factory, did_you_mean
-from lightning_adaptive.param_groups import DEFAULT, OptimizerGroup
+from lightning_adaptive.partitions import DEFAULT, OptimizerGroup
 
 OptimizerFactory = Callable[[Iterable], Optimizer]
 """Parameters (or group dicts) to optimizer, for example ``functools.partial(torch.optim.SGD, lr=0.1)``."""

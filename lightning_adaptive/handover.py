@@ -16,7 +16,7 @@ from lightning_adaptive import moments
 from lightning_adaptive.combined import class_name
 from lightning_adaptive.durations import Clock, Duration, DurationLike
 from lightning_adaptive.errors import ConfigError, ConfigTypeError, check_number, did_you_mean
-from lightning_adaptive.param_groups import Group, OptimizerGroup, Partition
+from lightning_adaptive.partitions import Group, OptimizerGroup, Partition
 
 G = TypeVar("G")
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RAdam
 
-from lightning_adaptive.param_groups import OptimizerGroup
+from lightning_adaptive.partitions import OptimizerGroup
 
 Family = Literal["adam", "sgd"]
 

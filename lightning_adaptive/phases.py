@@ -15,12 +15,12 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_adaptive import param_groups
+from lightning_adaptive import partitions
 from lightning_adaptive.combined import OptimizerFactory, class_name, part_of_each_group, parts
 from lightning_adaptive.durations import Clock
 from lightning_adaptive.errors import ConfigError, ConfigTypeError, within
 from lightning_adaptive.lr_schedulers import SchedulerConfig, SchedulerFactory, build_scheduler
-from lightning_adaptive.param_groups import OptimizerGroup, Partition
+from lightning_adaptive.partitions import OptimizerGroup, Partition
 from lightning_adaptive.schedules import Schedule
 
 
@@ -176,12 +176,12 @@ def inheritable(optimizer: Optimizer, groups: Sequence[OptimizerGroup], names: M
         names: parameter names by ``id``.
     """
     recorded, built = record(optimizer, groups, names), partition_of(optimizer)
-    return recorded if built is None else param_groups.keep_zero_decays(recorded, built)
+    return recorded if built is None else partitions.keep_zero_decays(recorded, built)
 
 
 def record(optimizer: Optimizer, groups: Sequence[OptimizerGroup], names: Mapping[int, str]) -> Partition:
     """The partition of an optimizer as it is now; arguments as of `inheritable`."""
-    return param_groups.record(groups, names, [id(part) for part in part_of_each_group(optimizer)])
+    return partitions.record(groups, names, [id(part) for part in part_of_each_group(optimizer)])
 
 
 def _impose(optimizer: Optimizer, partition: Partition) -> None:
@@ -190,7 +190,7 @@ def _impose(optimizer: Optimizer, partition: Partition) -> None:
         if recorded.has_own_lr and "lr" not in group:
             raise ConfigError(f"{type(part).__name__} has no learning rate, so groups cannot have their own.", "param_groups")
     with within("param_groups"):
-        param_groups.impose(optimizer.param_groups, partition)
+        partitions.impose(optimizer.param_groups, partition)
     for part, group, recorded in zip(steppers, optimizer.param_groups, partition, strict=True):
         if recorded.options:
             known = inspect.signature(type(part)).parameters
@@ -228,7 +228,7 @@ def _refuse_unequal(optimizer: Optimizer, partition: Partition) -> None:
                 "out.",
                 f"param_groups.{group.name}",
             )
-    if not param_groups.is_uniform(partition):
+    if len({group.lr_ratio for group in partition}) > 1:
         ratios = ", ".join(f"{group.lr_ratio:g}" for group in partition)
         raise ConfigError(
             f"{name} has no parameter groups, and the running groups' learning rates differ (ratios {ratios}). "

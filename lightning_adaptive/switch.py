@@ -26,7 +26,8 @@ from lightning_adaptive.guard import Guard
 from lightning_adaptive.handover import Crossed, Handover
 from lightning_adaptive.lr_schedulers import ScheduleLR, SchedulerConfig, SchedulerFactory, build_scheduler, describe_schedule
 from lightning_adaptive.noise import find_monitor
-from lightning_adaptive.param_groups import Inherit, ParamGroups, Partition, extend, members, named_tensors, split
+from lightning_adaptive.param_groups import Inherit, ParamGroups
+from lightning_adaptive.partitions import Partition, extend, members, named_tensors, split
 from lightning_adaptive.phases import OptimizerFactory, Phase, format_bytes
 from lightning_adaptive.rules import Parameter
 from lightning_adaptive.schedules import Continue, Schedule

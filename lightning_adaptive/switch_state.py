@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_adaptive.errors import CheckpointError, reading
-from lightning_adaptive.param_groups import Group, Partition, members
+from lightning_adaptive.partitions import Group, Partition, members
 from lightning_adaptive.settings import Settings
 from lightning_adaptive.triggers import Memory
 

@@ -13,7 +13,16 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from lightning_adaptive.durations import Clock, Duration, DurationLike
-from lightning_adaptive.errors import ConfigError, ConfigTypeError, check_count, check_number, check_share, check_word, did_you_mean
+from lightning_adaptive.errors import (
+    ConfigError,
+    ConfigTypeError,
+    check_count,
+    check_number,
+    check_share,
+    check_word,
+    did_you_mean,
+    within,
+)
 
 
 class Projection(NamedTuple):
@@ -509,10 +518,8 @@ class Combined(Trigger):
     def _observe(self, memory: Memory, seen: Seen) -> dict[str, Any]:
         of: dict[str, Any] = {}
         for name, trigger in self.members():
-            try:
+            with within(f"of.{name}"):
                 of[name] = trigger.observe(memory.get("of", {}).get(name, {}), seen)
-            except ConfigError as error:
-                raise error.within(f"of.{name}") from None
         fired = {name: state["fired"] for name, state in of.items() if "fired" in state}
         after = {**memory, "of": of}
         if not self._is_enough(fired):

@@ -100,7 +100,7 @@ FAULTS = (
     ),
     Fault(
         "a zero decay is lost where nothing decays",
-        "param_groups.py",
+        "partitions.py",
         "group.no_decay or asked.no_decay",
         "group.no_decay",
         "param_groups.py::test_a_zero_decay_that_a_rule_asks_for_is_kept_where_nothing_decays",

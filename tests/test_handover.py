@@ -20,7 +20,7 @@ from lightning_adaptive import Clock, ConfigError, Duration, Handover, moments
 from lightning_adaptive import handover as handovers
 from lightning_adaptive.guard import Guard
 from lightning_adaptive.handover import PRESETS, Crossed, cross, eta
-from lightning_adaptive.param_groups import Group, Partition, impose, record, split
+from lightning_adaptive.partitions import Group, Partition, impose, record, split
 from tests.steps import all_of, step
 
 MATCHING = ["match_orthogonal", "match_norm", "match_projection"]

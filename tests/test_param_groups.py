@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from lightning_adaptive import ConfigError, LayerDecay, MupLike, ParamGroups, Rule
-from lightning_adaptive.param_groups import NO_DECAY, Group, Partition, extend, impose, keep_zero_decays, named_tensors, record
+from lightning_adaptive.param_groups import NO_DECAY
+from lightning_adaptive.partitions import Group, Partition, extend, impose, keep_zero_decays, named_tensors, record
 from lightning_adaptive.rules import Parameter
 
 

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 from lightning_adaptive import Clock, ConfigError, Cosine, settings
 from lightning_adaptive.errors import check_factory
 from lightning_adaptive.lr_schedulers import ScheduleLR
-from lightning_adaptive.param_groups import Group
+from lightning_adaptive.partitions import Group
 from lightning_adaptive.phases import build, state_bytes
 
 CLOCK = Clock(steps_per_epoch=10, total_steps=100)

@@ -25,7 +25,7 @@ from torch.optim import LBFGS, SGD, AdamW
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 from lightning_adaptive import CheckpointError, Clock, Cosine, OptimizerSwitchCallback, StepDecay, attach
-from lightning_adaptive.switch import SwitchState
+from lightning_adaptive.switch_state import SwitchState
 from tests.faults import SEAMS, FaultySwitch
 from tests.pair import Pair
 from tests.support import Net, ValidatedNet, counted_steps, digest, loader, trainer

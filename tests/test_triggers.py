@@ -41,7 +41,7 @@ from lightning_adaptive import (
     preview,
 )
 from lightning_adaptive.handover import PRESETS, cross
-from lightning_adaptive.param_groups import Group
+from lightning_adaptive.partitions import Group
 from lightning_adaptive.report import read_curves
 from lightning_adaptive.triggers import Projection, Seen, Swats
 from tests.cli import Run, result, runs
