@@ -750,8 +750,8 @@ def save_on_and_on(folder: Path, memory: Path, exact: bool, steps: Any) -> None:
     trainer(max_epochs=-1, callbacks=[ExactResume()] if exact else []).fit(Large(folder, steps), loader())
 
 
-def kill_while_saving(folder: Path, memory: Path, exact: bool, chooser: random.Random) -> set[str]:
-    """Kills at a random moment; gives the names that lie in the folder then."""
+def kill_while_saving(folder: Path, memory: Path, exact: bool, wait: Callable[[], None]) -> set[str]:
+    """Kills after the third checkpoint and a wait; gives the names that lie in the folder then."""
     folder.mkdir()
     steps = FORKS.Value("i", 0)
     process = FORKS.Process(target=save_on_and_on, args=(folder, memory, exact, steps))
@@ -759,7 +759,7 @@ def kill_while_saving(folder: Path, memory: Path, exact: bool, chooser: random.R
     deadline = time.monotonic() + 60
     while steps.value < 3 and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.001)
-    time.sleep(chooser.uniform(0, 0.1))
+    wait()
     assert process.is_alive()
     process.kill()
     process.join()
@@ -783,7 +783,7 @@ def test_a_kill_while_saving_never_leaves_a_broken_checkpoint(tmp_path: Path, me
         if partials and number >= 8:
             break
         folder = tmp_path / str(number)
-        left = kill_while_saving(folder, memory, True, chooser)
+        left = kill_while_saving(folder, memory, True, lambda: time.sleep(chooser.uniform(0, 0.1)))
         assert checkpoints.fault(folder / "last.ckpt") == ""
         assert left <= {"last.ckpt", ".last.ckpt.partial"}
         assert checkpoints.newest(folder)[0] == folder / "last.ckpt"
@@ -793,14 +793,19 @@ def test_a_kill_while_saving_never_leaves_a_broken_checkpoint(tmp_path: Path, me
 
 def test_without_it_a_kill_leaves_a_broken_checkpoint(tmp_path: Path, memory: Path) -> None:
     """What the test above is about. When this fails, Lightning writes beside the place too."""
-    chooser = random.Random(5)
-    broken = []
+    path = tmp_path / "0" / "last.ckpt"
+
+    def until_it_is_written_again() -> None:
+        whole, deadline = path.stat().st_size, time.monotonic() + 30
+        while path.exists() and path.stat().st_size >= whole and time.monotonic() < deadline:
+            pass
+
     for number in range(20):
-        kill_while_saving(tmp_path / str(number), memory, False, chooser)
-        broken.append(checkpoints.fault(tmp_path / str(number) / "last.ckpt"))
-        if broken[-1]:
+        path = tmp_path / str(number) / "last.ckpt"
+        kill_while_saving(path.parent, memory, False, until_it_is_written_again)
+        if checkpoints.fault(path):
             return
-    pytest.fail(f"none of {len(broken)} kills broke a checkpoint")
+    pytest.fail("none of 20 kills broke a checkpoint")
 
 
 class Averaging(torch.optim.SGD):
