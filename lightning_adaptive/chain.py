@@ -17,12 +17,12 @@ from lightning_adaptive.combined import class_name, parts
 from lightning_adaptive.durations import Clock, Duration
 from lightning_adaptive.errors import ConfigError, ConfigTypeError, check_factory, is_number, within
 from lightning_adaptive.handover import Handover
-from lightning_adaptive.lr_schedulers import ScheduleLR, SchedulerConfig, SchedulerFactory, describe_schedule
+from lightning_adaptive.lr_schedulers import ScheduleLR, SchedulerLike, describe_schedule
 from lightning_adaptive.param_groups import Inherit, ParamGroups
 from lightning_adaptive.partitions import Partition
 from lightning_adaptive.phases import OptimizerFactory, Phase
 from lightning_adaptive.rules import Parameter
-from lightning_adaptive.schedules import Continue, Plateau, Schedule
+from lightning_adaptive.schedules import Continue, Plateau
 from lightning_adaptive.settings import Settings
 from lightning_adaptive.triggers import Swats, Trigger
 
@@ -42,7 +42,7 @@ class Switch:
     at: Duration | None
     when: Trigger | None
     optimizer: OptimizerFactory
-    scheduler: Schedule | SchedulerConfig | SchedulerFactory | None
+    scheduler: SchedulerLike | None
     param_groups: Inherit | ParamGroups
     handover: Handover
     gradient_clip_val: Literal["keep"] | float | None

@@ -25,7 +25,7 @@ METADATA = "meta.pt"  # of FSDP and FSDP2, as Lightning calls it
 _DIGEST = "blake2b"
 
 
-def partial(target: Path) -> Path:
+def unfinished(target: Path) -> Path:
     """Where a checkpoint is written before it gets its name; in the same folder, so that a rename is all that is left."""
     return target.with_name(f".{target.name}.partial")
 
@@ -51,7 +51,7 @@ def seal(folder: Path, of_files: Mapping[str, list[str | int]]) -> None:
 
 
 def publish(written: Path, target: Path) -> None:
-    """Gives a checkpoint that was written at `partial` its name, in the place of one that has it.
+    """Gives a checkpoint that was written at `unfinished` its name, in the place of one that has it.
 
     A crash leaves the old one or the new one under the name; of a folder, for which there are two renames, it may leave none
     of them there, and then both beside it.
@@ -91,7 +91,7 @@ def save_whole(strategy: Any, checkpoint: dict[str, Any], filepath: Any, storage
         save(checkpoint, target, storage_options=storage_options)
         return
     path = Path(target).absolute()
-    written = partial(path)
+    written = unfinished(path)
     if strategy.is_global_zero:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove(written)

@@ -55,6 +55,9 @@ def reading(whose: str, state: Mapping[str, Any], version: int) -> Iterator[None
         whose: the callback.
         state: what it has saved.
         version: the version that is read.
+
+    Raises:
+        CheckpointError: for another version, and for what the block cannot read.
     """
     if state.get("version") != version:
         raise CheckpointError(f"the checkpoint holds {whose}'s state in version {state.get('version')!r}, not {version}.")

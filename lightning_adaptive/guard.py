@@ -1,4 +1,4 @@
-"""What holds the first updates after a switch back."""
+"""What holds back the first updates after a switch."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_adaptive import config, module_parameters, phases, strategies, trainers
-from lightning_adaptive.errors import ConfigError, check_factory, within
+from lightning_adaptive.errors import ConfigError, ConfigTypeError, check_factory, within
 from lightning_adaptive.lr_schedulers import SchedulerLike
 from lightning_adaptive.param_groups import Inherit, ParamGroups
 from lightning_adaptive.phases import OptimizerFactory
@@ -73,9 +73,11 @@ def attach(
 
 def _first_phase(optimizer: Any, scheduler: Any, param_groups: Any) -> tuple[OptimizerFactory, SchedulerLike | None, ParamGroups]:
     """What builds the first phase; plain and picklable, as the module that carries it must be."""
-    groups = config.param_groups(param_groups) or ParamGroups()
-    if isinstance(groups, Inherit):
+    groups: Any = config.param_groups(param_groups) or ParamGroups()
+    if groups == "inherit" or isinstance(groups, Inherit):
         raise ConfigError("the first phase has no groups to inherit. Leave it out, or write none.", "param_groups")
+    if not isinstance(groups, ParamGroups):
+        raise ConfigTypeError(f"{groups!r} says nothing about groups. Write ParamGroups(...), or leave it out.", "param_groups")
     factory = config.optimizer_factory(optimizer)
     check_factory(factory, Optimizer, "optimizer")
     return factory, config.scheduler(scheduler), groups

@@ -233,6 +233,10 @@ def _of_schedule(
                 "what it looks at and how often are options of its own.",
                 f"scheduler.{key}",
             )
+    if any("lr" not in group for group in optimizer.param_groups):
+        raise ConfigError(
+            f"{type(optimizer).__name__} has no learning rate (lr) to schedule. Choose another optimizer.", "optimizer"
+        )
     betas: Any = next((group["betas"] for group in optimizer.param_groups if "betas" in group), ())
     with within("scheduler"):
         if len(betas) > 1:

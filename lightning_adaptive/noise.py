@@ -18,6 +18,7 @@ from lightning_adaptive.combined import needs_closure
 from lightning_adaptive.errors import ConfigError, check_count, is_number, reading
 from lightning_adaptive.gradient_norms import Leaf, OwnGradients, ShardedGradients, StepNorms
 from lightning_adaptive.noise_scale import STATES, GradientNoiseScale
+from lightning_adaptive.partitions import group_names
 
 STATE_VERSION = 1
 """Version of the callback's saved state; CONTRIBUTING.md says what happens when it changes."""
@@ -249,8 +250,7 @@ class GradientNoiseMonitor(Callback):
 
 def find_monitor(trainer: Trainer) -> GradientNoiseMonitor | None:
     """The trainer's `GradientNoiseMonitor`, if it has one."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback for callback in callbacks if isinstance(callback, GradientNoiseMonitor)), None)
+    return next(iter(trainers.callbacks_of(trainer, GradientNoiseMonitor)), None)
 
 
 @dataclasses.dataclass
@@ -271,9 +271,8 @@ class _Step:
 def _groups(optimizer: Optimizer, per_group: bool) -> dict[str, list[Tensor]]:
     """The trainable parameters of an optimizer by its groups' names; all of them under an empty name if not `per_group`."""
     found: dict[str, list[Tensor]] = {}
-    for number, group in enumerate(optimizer.param_groups, start=1):
-        name = str(group.get("name") or f"pg{number}") if per_group else ""
-        found.setdefault(name, []).extend(tensor for tensor in group["params"] if tensor.requires_grad)
+    for name, group in zip(group_names(optimizer.param_groups, single="pg1"), optimizer.param_groups, strict=True):
+        found.setdefault(name if per_group else "", []).extend(tensor for tensor in group["params"] if tensor.requires_grad)
     return found
 
 
@@ -337,6 +336,5 @@ def _of_closure(optimizer: Optimizer) -> str:
 
 def _most_accumulated(trainer: Trainer) -> int:
     """Batches of a step, at their most where a callback changes them between epochs."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    schedules = [found.scheduling.values() for found in callbacks if isinstance(found, GradientAccumulationScheduler)]
+    schedules = [found.scheduling.values() for found in trainers.callbacks_of(trainer, GradientAccumulationScheduler)]
     return max([trainer.accumulate_grad_batches, *(most for values in schedules for most in values)])

@@ -76,8 +76,10 @@ class ParamGroups:
         return [Group(_trainable(parameters), DEFAULT, rule="the rest" if self.rules else "")]
 
     def __repr__(self) -> str:
-        options = {name: value for name, value in vars(self).items() if name != "rules"}  # of a subclass
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in {**options, **self.rules}.items())})"
+        # Of a subclass; and what a resumed run is compared by, so nothing that shows an address.
+        plain = (int, float, str, Rule, type(None))
+        shown = {**{name: value for name, value in vars(self).items() if isinstance(value, plain)}, **self.rules}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
 
 NO_DECAY: Mapping[str, Any] = {

@@ -48,6 +48,17 @@ class Group:
 Partition = tuple[Group, ...]
 
 
+def group_names(groups: Sequence[OptimizerGroup], single: str = "") -> list[str]:
+    """Each group's name; ``pg1`` and so on where it has none, as `LearningRateMonitor` counts.
+
+    Args:
+        groups: ``optimizer.param_groups``.
+        single: what a single group without a name is called.
+    """
+    unnamed = [f"pg{number}" for number in range(1, len(groups) + 1)] if len(groups) > 1 else [single]
+    return [str(group.get("name") or name) for group, name in zip(groups, unnamed, strict=True)]
+
+
 def record(groups: Sequence[OptimizerGroup], names: Mapping[int, str], parts: Sequence[int] = ()) -> Partition:
     """The partition of a running optimizer.
 
@@ -69,11 +80,11 @@ def record(groups: Sequence[OptimizerGroup], names: Mapping[int, str], parts: Se
             parameters=tuple(
                 names.get(id(tensor), f"(group {index}, tensor {place})") for place, tensor in enumerate(group["params"])
             ),
-            name=group.get("name") or (f"pg{index + 1}" if len(groups) > 1 else None),
+            name=name or None,
             lr_ratio=1.0 if part not in reference or lr is None else lr / reference[part],
             no_decay=part in decaying and not _decays(group),
         )
-        for index, (group, lr, part) in enumerate(zip(groups, base_lrs, parts, strict=True))
+        for index, (name, group, lr, part) in enumerate(zip(group_names(groups), groups, base_lrs, parts, strict=True))
     )
 
 

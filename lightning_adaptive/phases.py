@@ -19,9 +19,8 @@ from lightning_adaptive import partitions
 from lightning_adaptive.combined import OptimizerFactory, class_name, part_of_each_group, parts
 from lightning_adaptive.durations import Clock
 from lightning_adaptive.errors import ConfigError, ConfigTypeError, within
-from lightning_adaptive.lr_schedulers import SchedulerConfig, SchedulerFactory, build_scheduler
+from lightning_adaptive.lr_schedulers import SchedulerLike, build_scheduler
 from lightning_adaptive.partitions import OptimizerGroup, Partition
-from lightning_adaptive.schedules import Schedule
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Phase:
 
 def build(
     optimizer: OptimizerFactory,
-    scheduler: Schedule | SchedulerFactory | SchedulerConfig | None,
+    scheduler: SchedulerLike | None,
     partition: Partition,
     tensors: Mapping[str, Tensor],
     clock: Clock,

@@ -17,6 +17,7 @@ from lightning_adaptive import strategies, trainers
 from lightning_adaptive.chain import PlannedPhase
 from lightning_adaptive.combined import class_name
 from lightning_adaptive.lr_schedulers import ScheduleLR, describe_schedule
+from lightning_adaptive.partitions import group_names
 from lightning_adaptive.phases import Phase, format_bytes, format_lrs, lrs, partition_of, planned_state_bytes
 from lightning_adaptive.pictures import panels
 from lightning_adaptive.series import Epoch, Series, corners, of_phase
@@ -134,7 +135,7 @@ class Plan:
                     by_group.setdefault(series.group, {})[series.option] = series
                 for group, driven in by_group.items():
                     columns = [driven[option].values if option in driven else None for option in options]
-                    for index, step in enumerate(driven["lr"].steps):
+                    for index, step in enumerate(next(iter(driven.values())).steps):
                         values = [repr(column[index]) if column is not None else "" for column in columns]
                         writer.writerow([step, phase.number, phase.optimizer, group, *values])
 
@@ -273,13 +274,13 @@ def _phase_plan(
 def _group_plans(phase: Phase, shapes: Mapping[str, tuple[int, ...]], otherwise: str) -> Iterator[GroupPlan]:
     groups = phase.optimizer.param_groups
     partition = partition_of(phase.optimizer) or ()
-    for index, group in enumerate(groups):
+    for index, (name, group) in enumerate(zip(group_names(groups, single="pg1"), groups, strict=True)):
         # By name, where names are known: the tensors may be shards, or not there.
         built = partition[index] if len(partition) == len(groups) else None
         tensors = [tensor for tensor in group["params"] if not is_lazy(tensor)]
         sizes = [math.prod(shapes[name]) for name in built.parameters if name in shapes] if built else []
         yield GroupPlan(
-            name=group.get("name", f"pg{index + 1}"),
+            name=name,
             tensors=len(built.parameters) if built else len(group["params"]),
             parameters=sum(sizes) if built else sum(tensor.numel() for tensor in tensors),
             lr=format_lrs([float(group.get("initial_lr", group["lr"]))]) if "lr" in group else "-",

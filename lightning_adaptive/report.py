@@ -109,9 +109,10 @@ class RunReport(Callback):
             self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
             self._batches += 1
         assert self._open is not None
+        is_first_step = self._open.end_step <= self._open.first_step < trainer.global_step
         self._open = replace(self._open, end_step=trainer.global_step)
         switch = find_switch(trainer)
-        if not self._open.lr_first and trainer.global_step > self._open.first_step:
+        if is_first_step:
             optimizer = running_optimizer(trainer)
             decays = [float(group["weight_decay"]) for group in optimizer.param_groups if "weight_decay" in group]
             self._open = replace(
@@ -233,7 +234,7 @@ def write_result(path: Path, phases: Sequence[PhaseReport], metrics: Mapping[str
         "versions": {name: _version(name) for name in ("lightning-adaptive", "lightning", "torch", "hydra-core")},
         "python": platform.python_version(),
     }
-    written = checkpoints.partial(path)
+    written = checkpoints.unfinished(path)
     written.write_text(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     checkpoints.publish(written, path)
 

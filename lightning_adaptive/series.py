@@ -11,6 +11,7 @@ from typing import Any
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_adaptive.lr_schedulers import ScheduleLR
+from lightning_adaptive.partitions import group_names
 from lightning_adaptive.phases import Phase
 
 MOST_POINTS = 10_000
@@ -70,10 +71,9 @@ def of_phase(phase: Phase, steps: range, epoch: Epoch) -> tuple[Series, ...]:
         wanted = set(shown)
         points = [values for step, values in enumerate(_stepped(phase, steps, epoch), first) if step in wanted]
     groups = phase.optimizer.param_groups
-    names = [group.get("name", f"pg{index}" if len(groups) > 1 else "") for index, group in enumerate(groups, start=1)]
     return tuple(
         Series(name, option, shown, [values[index][option] for values in points])
-        for index, name in enumerate(names)
+        for index, name in enumerate(group_names(groups))
         for option in points[0][index]
         if option == "lr" or isinstance(scheduler, ScheduleLR) or len({values[index][option] for values in points}) > 1
     )
@@ -126,7 +126,7 @@ def _is_due(step: int, interval: str, frequency: int, epoch: Epoch) -> bool:
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, float]:
-    options = {"lr": float(group["lr"])}
+    options = {"lr": float(group["lr"])} if "lr" in group else {}
     if "momentum" in group or "betas" in group:
         options["momentum"] = float(group["momentum"] if "momentum" in group else group["betas"][0])
     return options

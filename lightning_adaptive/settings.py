@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_adaptive.combined import CombinedOptimizer, part_of_each_group, parts
+from lightning_adaptive.partitions import group_names
 from lightning_adaptive.schedules import Schedule
 
 Settings = dict[str, Any]
@@ -46,8 +47,8 @@ def of_groups(optimizer: Optimizer, key: str) -> Settings:
     if len(groups) == 1:
         return {}
     return {
-        f"{key}.{group.get('name', f'pg{index}')}.{name}": _plain(value)
-        for index, (group, part) in enumerate(zip(groups, part_of_each_group(optimizer), strict=True), start=1)
+        f"{key}.{of}.{name}": _plain(value)
+        for of, group, part in zip(group_names(groups), groups, part_of_each_group(optimizer), strict=True)
         for name, default in part.defaults.items()
         if name in group and _plain(value := group.get(f"initial_{name}", group[name])) != _plain(default)
     }

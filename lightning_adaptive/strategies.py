@@ -1,4 +1,4 @@
-"""What Lightning holds while it trains: the optimizer and the scheduler of its strategy.
+"""What has to be known of a strategy, in a class for each; and what Lightning does around it.
 
 One of the two files that know Lightning's inside (the private names are listed in ``tests/test_lightning_names.py``).
 """
@@ -138,6 +138,10 @@ class Plain:
             tensors: parameters.
             rows: rows of a sum for each parameter.
         """
+        if self.trainer.world_size > 1:
+            # Every process has the whole; that all decide as one does not rest on their having computed the same bits.
+            rows = rows.to(self.strategy.root_device)
+            torch.distributed.broadcast(rows, 0)
         return rows
 
     def full_shapes(self, module: LightningModule) -> dict[str, tuple[int, ...]]:
@@ -314,12 +318,6 @@ class Plain:
 
 class DDP(Plain):
     """Every process has the whole parameters, and its own batch."""
-
-    def whole(self, tensors: Sequence[Tensor], rows: Tensor) -> Tensor:
-        # That all decide as one does not rest on their having computed the same bits.
-        rows = rows.to(self.strategy.root_device)
-        torch.distributed.broadcast(rows, 0)
-        return rows
 
     def hooks_see_own_gradients(self) -> bool:
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook

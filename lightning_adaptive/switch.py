@@ -24,13 +24,13 @@ from lightning_adaptive.durations import Clock, DurationLike
 from lightning_adaptive.errors import CheckpointError, ConfigError, check_count, check_word, within
 from lightning_adaptive.guard import Guard
 from lightning_adaptive.handover import Crossed, Handover
-from lightning_adaptive.lr_schedulers import ScheduleLR, SchedulerConfig, SchedulerFactory, build_scheduler, describe_schedule
+from lightning_adaptive.lr_schedulers import ScheduleLR, SchedulerLike, build_scheduler, describe_schedule
 from lightning_adaptive.noise import find_monitor
 from lightning_adaptive.param_groups import Inherit, ParamGroups
-from lightning_adaptive.partitions import Partition, extend, members, named_tensors, split
+from lightning_adaptive.partitions import Partition, extend, group_names, members, named_tensors, split
 from lightning_adaptive.phases import OptimizerFactory, Phase, format_bytes
 from lightning_adaptive.rules import Parameter
-from lightning_adaptive.schedules import Continue, Schedule
+from lightning_adaptive.schedules import Continue
 from lightning_adaptive.settings import Settings
 from lightning_adaptive.switch_state import SwitchState, check_first_phase, check_later_phase, check_shapes
 from lightning_adaptive.triggers import Manual, OnNoise, Projection, Seen, Swats, Trigger
@@ -72,7 +72,7 @@ class OptimizerSwitchCallback(Callback):
         enabled: ``False`` makes the callback do nothing.
 
     Raises:
-        ConfigError: for a moment that is missing or malformed, or an option that is not available yet. At the start of training:
+        ConfigError: for a moment that is missing or malformed, or an option that is not allowed. At the start of training:
             for a moment outside it, a strategy without support, or a phase that cannot be built.
         ConfigTypeError: for a bare number as moment, or an optimizer where a factory belongs.
         CheckpointError: on resume, for saved state that does not fit this run.
@@ -89,7 +89,7 @@ class OptimizerSwitchCallback(Callback):
         optimizer: OptimizerFactory | None = None,
         *,
         when: Trigger | None = None,
-        scheduler: Schedule | SchedulerConfig | SchedulerFactory | Literal["continue"] | None = None,
+        scheduler: SchedulerLike | Literal["continue"] | None = None,
         param_groups: Literal["inherit"] | Inherit | ParamGroups = "inherit",
         handover: Literal["own", "keep", "smooth", "swats"] | Handover = "own",
         then: OptimizerSwitchCallback | None = None,
@@ -107,7 +107,7 @@ class OptimizerSwitchCallback(Callback):
         """This switch and those after it; empty when it is not enabled."""
         self._state = SwitchState()
         self._tensors: dict[str, Tensor] = {}
-        self._moments: tuple[int | None, ...] = ()
+        self._due_at: tuple[int | None, ...] = ()
         self._asked = False
         self._looked = 0
         self._guarded_to = 0
@@ -123,7 +123,7 @@ class OptimizerSwitchCallback(Callback):
         self._configured: Partition | None = None
         if not enabled:
             return
-        check_count(optimizer_index, "optimizer_index", "an optimizer", least=0)
+        check_count(optimizer_index, "optimizer_index", "optimizers, counted from 0", least=0)
         check_word(on_resume, "on_resume", ("error", "config", "checkpoint"))
         own = Switch.of(at, when, optimizer, scheduler, param_groups, handover, gradient_clip_val)
         if then is not None and then.enabled and (then.optimizer_index != 0 or then.on_resume != "error" or then.dry_run):
@@ -164,7 +164,7 @@ class OptimizerSwitchCallback(Callback):
     @property
     def _watching(self) -> Trigger | None:
         """The trigger of the switch that comes next, while it observes."""
-        return self._next.when if self._moments and self._next else None
+        return self._next.when if self._due_at and self._next else None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({'; '.join(switch.words for switch in self.chain) or 'enabled=False'})"
@@ -236,17 +236,17 @@ class OptimizerSwitchCallback(Callback):
             self._log(trainer, {"phase": self.phase})
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._end_guard(trainer)
         if not self._is_due(trainer, batch_idx):
             return
         if self.dry_run:
             self._tell(trainer, {"at": f"at={self.chain[0].at} was reached"})
-            self._moments = (None, *self._moments[1:])
+            self._due_at = (None, *self._due_at[1:])
         else:
             self._switch(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if trainer.global_step >= self._guarded_to:  # not at a batch's end: in manual optimization it may hold several updates
-            self._let_loose()
+        self._end_guard(trainer)  # here too, as a batch of manual optimization may hold several updates
         if self._watching and self._watching.of_kind(Swats):
             running = self._placement(trainer).optimizer
             if optimizer.param_groups is running.param_groups:  # and not another one of a manual optimization
@@ -270,7 +270,7 @@ class OptimizerSwitchCallback(Callback):
             self._observe(trainer, Seen(trainer.global_step, _clock(trainer), trainers.agreed_metrics(trainer, names)))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._moments and not self.dry_run:
+        if self._due_at and not self.dry_run:
             words = self.chain[self.phase].words
             rank_zero_info(f"NO SWITCH: training ended at step {trainer.global_step}, before {words}.")
 
@@ -322,7 +322,7 @@ class OptimizerSwitchCallback(Callback):
                 self._check_placement(switch, before, placement)
                 placement.check_next(phase.optimizer, phase.lr_schedulers, switch.gradient_clip_val)
                 running, before = phase.lr_scheduler, phase.optimizer
-                partition = self._inheritable(switch, partition, trainer)
+                partition = self._inheritable(switch, partition, phase.optimizer, trainer)
             yield PlannedPhase(moment, switch.words, phase, "" if switch.handover.lr == "own" else switch.handover.lr)
 
     def _latest_moment(self, clock: Clock) -> int:
@@ -343,11 +343,12 @@ class OptimizerSwitchCallback(Callback):
             placement.check_state("SWATS", "when")
             placement.check_gradients(running, "when")
 
-    def _inheritable(self, switch: Switch, partition: Partition, trainer: Trainer) -> Partition:
+    def _inheritable(self, switch: Switch, partition: Partition, optimizer: Optimizer, trainer: Trainer) -> Partition:
         """The partition as it is saved, and as a later phase inherits it: of what rules say, ratios and zero decays."""
         if switch.inherits:
             return partition
-        optimizer, _ = phases.build_optimizer(switch.optimizer, partition, self._tensors)
+        if switch.is_split:
+            optimizer, _ = phases.build_optimizer(switch.optimizer, partition, self._tensors)
         if len(optimizer.param_groups) != len(partition):
             return partition
         return phases.inheritable(optimizer, optimizer.param_groups, module_parameters.names(trainer.lightning_module))
@@ -372,14 +373,14 @@ class OptimizerSwitchCallback(Callback):
         if self._saved is not None:
             self._settle(trainer, settings.changes(self._saved.settings, now))
             self._saved = None
-        self._moments = tuple(planned.first_step for planned in later)
+        self._due_at = tuple(planned.first_step for planned in later)
         self._check_agreement(trainer)
         self._state = replace(self._state, settings=now)
 
     def _check_agreement(self, trainer: Trainer) -> None:
         """Refuses processes that would switch at different steps, or observe at different ones."""
         clock, watching = _clock(trainer), [switch.when for switch in self.chain[self.phase :] if switch.when]
-        numbers = [*self._moments, clock.total_steps, *(trigger.first_step(clock) for trigger in watching)]
+        numbers = [*self._due_at, clock.total_steps, *(trigger.first_step(clock) for trigger in watching)]
         if any(trigger.monitors() for trigger in watching):
             numbers.append(clock.steps_per_epoch)
         if not trainers.is_same_everywhere(trainer, numbers):
@@ -436,11 +437,10 @@ class OptimizerSwitchCallback(Callback):
         tensors, rows = moments.projections(optimizer, lrs)
         columns = dict(zip(tensors, placement.whole(tensors, rows).T.tolist(), strict=True))
         found = {}
-        for index, group in enumerate(optimizer.param_groups):
+        for name, group, lr in zip(group_names(optimizer.param_groups), optimizer.param_groups, lrs, strict=True):
             of_group = [columns[tensor] for tensor in group["params"] if tensor in columns]
             update, along = sum(column[0] for column in of_group), sum(column[1] for column in of_group)
-            name = group.get("name", "" if len(optimizer.param_groups) == 1 else f"pg{index + 1}")
-            found[name] = Projection(update, along, float(group["betas"][1]), lrs[index])
+            found[name] = Projection(update, along, float(group["betas"][1]), lr)
         return found
 
     def _observe(self, trainer: Trainer, seen: Seen) -> None:
@@ -472,9 +472,9 @@ class OptimizerSwitchCallback(Callback):
     # The switch, in its order: ask, build, exchange, announce
 
     def _is_due(self, trainer: Trainer, batch_idx: int) -> bool:
-        if not self._moments or not strategies.opens_accumulation_window(trainer, batch_idx):
+        if not self._due_at or not strategies.opens_accumulation_window(trainer, batch_idx):
             return False
-        moment, has_fired = self._moments[0], "fired" in self._state.trigger and not self.dry_run
+        moment, has_fired = self._due_at[0], "fired" in self._state.trigger and not self.dry_run
         return has_fired or (moment is not None and trainer.global_step >= moment)
 
     def _switch(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -487,7 +487,7 @@ class OptimizerSwitchCallback(Callback):
         crossings = [*([] if switch.handover.momentum == "carry" else ["momentum zero"]), *crossed.notes]
         state = replace(state, handed=", ".join([f"lr {rule}", *crossings]))
         self._exchange(trainer, phase, state)
-        self._moments = self._moments[1:]
+        self._due_at = self._due_at[1:]
         self._hold(trainer)
         self._scale = trainers.loss_scale(trainer)
         fate = "freed" if old() is None else "still held elsewhere"
@@ -528,7 +528,7 @@ class OptimizerSwitchCallback(Callback):
             first_step=step,
             schedule_step=begun,
             optimizer=class_name(optimizer),
-            partition=self._inheritable(switch, partition, trainer),
+            partition=self._inheritable(switch, partition, optimizer, trainer),
             reason=self._state.trigger.get("fired") or f"at={switch.at} was reached",
             limit=crossed.limit,
             shapes=self._state.shapes,
@@ -565,6 +565,10 @@ class OptimizerSwitchCallback(Callback):
         if trainer.global_step < self._guarded_to:
             placement = self._placement(trainer)
             self._guard = Guard(placement.optimizer, self._state.limit, placement.whole)
+
+    def _end_guard(self, trainer: Trainer) -> None:
+        if trainer.global_step >= self._guarded_to:
+            self._let_loose()
 
     def _let_loose(self) -> None:
         if self._guard is not None:
@@ -603,7 +607,7 @@ class OptimizerSwitchCallback(Callback):
             since = state.first_step - state.schedule_step
             phase = phases.build(switch.optimizer, self._restored_schedule(trainer), built_for, self._tensors, clock, since)
         if self._configured is not None:
-            self._configured = self._inheritable(switch, partition, trainer)
+            self._configured = self._inheritable(switch, partition, phase.optimizer, trainer)
         name = class_name(phase.optimizer)
         if name != state.optimizer:
             raise CheckpointError(
@@ -675,7 +679,7 @@ class OptimizerSwitchCallback(Callback):
         self._let_loose()
         if self._tensors:
             trainer.gradient_clip_val = self._trainer_clip_val
-            self._tensors, self._moments = {}, ()
+            self._tensors, self._due_at = {}, ()
         if self._stop_reading is not None:
             self._stop_reading()
             self._stop_reading = None
@@ -693,8 +697,7 @@ class OptimizerSwitchCallback(Callback):
 
 def find_switch(trainer: Trainer) -> OptimizerSwitchCallback | None:
     """The trainer's enabled switch, if it has one."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback for callback in callbacks if isinstance(callback, OptimizerSwitchCallback) and callback.enabled), None)
+    return next((switch for switch in trainers.callbacks_of(trainer, OptimizerSwitchCallback) if switch.enabled), None)
 
 
 def _clock(trainer: Trainer, first_step: int = 0) -> Clock:
@@ -719,7 +722,8 @@ def _impose_options(placement: strategies.Plain, options: list[dict[str, Any]]) 
     for group, fresh in zip(optimizer.param_groups, options, strict=True):
         factor = group["lr"] / group["initial_lr"] if group.get("initial_lr") else 1.0
         group.update(fresh)
-        group["lr"] = group.get("initial_lr", group["lr"]) * factor
+        if "lr" in group:
+            group["lr"] = group.get("initial_lr", group["lr"]) * factor
     if isinstance(scheduler, ScheduleLR):
         scheduler.refresh()
     elif scheduler is not None:
@@ -728,9 +732,7 @@ def _impose_options(placement: strategies.Plain, options: list[dict[str, Any]]) 
 
 def _refuse_weight_averaging(trainer: Trainer) -> None:
     """Refuses the callback that puts a scheduler of its own in place towards the end of training."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    found = next((callback for callback in callbacks if isinstance(callback, StochasticWeightAveraging)), None)
-    if found is not None:
+    for found in trainers.callbacks_of(trainer, StochasticWeightAveraging):
         raise ConfigError(
             f"{type(found).__name__} and OptimizerSwitchCallback both replace the scheduler during training, so one would undo the "
             "other. Remove one of them; weights are averaged without a scheduler by lightning's WeightAveraging or "

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -16,6 +17,14 @@ from lightning_adaptive.durations import Clock
 from lightning_adaptive.errors import ConfigError
 
 _ACCUMULATE = "trainer.accumulate_grad_batches"
+
+
+C = TypeVar("C", bound=Callback)
+
+
+def callbacks_of(trainer: Trainer, kind: type[C]) -> list[C]:
+    """The trainer's callbacks of a class."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
 
 
 def clock(trainer: Trainer, first_step: int = 0) -> Clock:

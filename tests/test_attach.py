@@ -150,6 +150,14 @@ def test_a_callback_alone_serves_a_module_and_leaves_it_as_it_was() -> None:
             "param_groups: the first phase has no groups to inherit. Leave it out, or write none.",
         ),
         (
+            {"optimizer": TO_SGD, "param_groups": "inherit"},
+            "param_groups: the first phase has no groups to inherit. Leave it out, or write none.",
+        ),
+        (
+            {"optimizer": TO_SGD, "param_groups": SGD},
+            "param_groups: <class 'torch.optim.sgd.SGD'> says nothing about groups. Write ParamGroups(...), or leave it out.",
+        ),
+        (
             {"optimizer": SGD([torch.zeros(1)], lr=0.1)},
             "optimizer: a SGD that is already built holds its own parameters. Pass a factory: partial(SGD, ...) from functools.",
         ),

@@ -382,7 +382,7 @@ def crashing_at(number: int) -> Iterator[list[str]]:
 
 def save(write: Callable[[Path, int], None], target: Path, step: int) -> None:
     """As `ExactResume` does it on one process."""
-    written = checkpoints.partial(target)
+    written = checkpoints.unfinished(target)
     checkpoints.remove(written)
     write(written, step)
     checkpoints.publish(written, target)

@@ -413,6 +413,21 @@ def test_more_accumulation_than_an_epoch_has_batches_is_said() -> None:
 # Parts
 
 
+class RateFreeNet(Net):
+    def configure_optimizers(self) -> Any:
+        return Optimizer(self.parameters(), {"weight_decay": 0.1})
+
+
+def test_a_first_phase_without_a_learning_rate(tmp_path: Path) -> None:
+    switch = OptimizerSwitchCallback(at="1ep", optimizer=partial(SGD, lr=0.1))
+    shown = preview(trainer(max_epochs=2, callbacks=[switch]), RateFreeNet(), loader())
+    assert [phase.lr for phase in shown.phases] == ["lr -", "lr 1.0e-01 -> 1.0e-01"]
+    shown.write_csv(tmp_path / "curves.csv")
+    with (tmp_path / "curves.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["phase"], row["lr"]) for row in rows} == {("2", "0.1")}
+
+
 TAKE_A_STEP = set(filter(inspect.isclass, vars(torch.optim).values())) - {Optimizer, LBFGS, torch.optim.SparseAdam}
 """Classes that take a plain step; the others need a closure, or sparse gradients."""
 

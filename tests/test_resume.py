@@ -152,7 +152,7 @@ class AnEpochLate(OptimizerSwitchCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if trainer.global_step:
-            self._moments = tuple(step + trainer.num_training_batches for step in self._moments)
+            self._due_at = tuple(step + trainer.num_training_batches for step in self._due_at)
 
 
 def test_a_callback_that_only_uses_the_setter_fails_these_tests(tmp_path: Path) -> None:

@@ -233,6 +233,31 @@ def test_from_an_optimizer_without_a_learning_rate(caplog: pytest.LogCaptureFixt
     assert "SignOfGradient lr - -> SGD lr 1.0e-01" in caplog.text
 
 
+def test_a_next_optimizer_without_a_learning_rate_is_refused_before_the_first_step() -> None:
+    with counted_steps() as counts, pytest.raises(ConfigError) as caught:
+        fit(OptimizerSwitchCallback(at="2ep", optimizer=partial(SignOfGradient, defaults={})))
+    assert str(caught.value) == "switch.optimizer: SignOfGradient has no learning rate (lr) to schedule. Choose another optimizer."
+    assert counts == {}
+
+
+def test_a_phase_inherits_the_ratios_that_the_one_before_it_has_kept() -> None:
+    groups = ParamGroups(weights={"match": "*.weight", "weight_decay": 0})
+    last = OptimizerSwitchCallback(at="2ep", optimizer=partial(SGD, lr=0.5))
+    switch = OptimizerSwitchCallback(at="1ep", optimizer=TO_SGD, param_groups=groups, handover="keep", then=last)
+    runner = trainer(max_epochs=3, callbacks=[switch])
+    runner.fit(TwoRates(), loader())
+    rates = {group["name"]: group["lr"] for group in runner.optimizers[0].param_groups}
+    assert rates == pytest.approx({"weights": 0.5, "default": 0.05}, rel=1e-12)
+
+
+class TwoRates(Net):
+    def configure_optimizers(self) -> Any:
+        named = dict(self.named_parameters())
+        weights = [parameter for name, parameter in named.items() if ".weight" in name]
+        biases = [parameter for name, parameter in named.items() if ".bias" in name]
+        return Adam([{"params": weights, "lr": 1e-2}, {"params": biases, "lr": 1e-3}])
+
+
 def test_lbfgs_as_target() -> None:
     with counted_steps() as counts:
         fit(OptimizerSwitchCallback(at="2ep", optimizer=partial(LBFGS, max_iter=3)), data=loader(batch_size=32))
@@ -442,7 +467,11 @@ def test_a_loader_without_length_counts_in_steps() -> None:
             TypeError,
             "optimizer: a SGD that is already built holds its own parameters. Pass a factory: partial(SGD, ...) from functools.",
         ),
-        ({"optimizer_index": -1}, ValueError, "optimizer_index: -1 is no number of an optimizer. Write a whole number from 0 on."),
+        (
+            {"optimizer_index": -1},
+            ValueError,
+            "optimizer_index: -1 is no number of optimizers, counted from 0. Write a whole number from 0 on.",
+        ),
         (
             {"then": OptimizerSwitchCallback(at="3ep", optimizer=TO_SGD, on_resume="config")},
             ValueError,
