@@ -33,8 +33,8 @@ class SchedulerConfig(TypedDict, total=False):
     name: str
 
 
-SchedulerLike = Schedule | SchedulerFactory | SchedulerConfig
-"""What a user may give for a scheduler; ``None`` in its place is constant."""
+SchedulerLike = Schedule | SchedulerConfig | SchedulerFactory
+"""What a user may give for a scheduler; ``None`` in its place is constant. jsonargparse takes the first that fits a dictionary."""
 
 _KEYS = tuple(SchedulerConfig.__annotations__)
 _OF_SCHEDULES = {"interval": "step", "frequency": 1, "name": CURVE_NAME}

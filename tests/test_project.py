@@ -57,7 +57,8 @@ ARROWS: dict[str, set[str]] = {
     },
     "series": {"lr_schedulers", "partitions", "phases"},
     "plan": {
-        "chain", "combined", "lr_schedulers", "partitions", "phases", "pictures", "series", "strategies", "switch", "tables", "trainers",
+        "chain", "combined", "lr_schedulers", "partitions", "phases", "pictures", "series", "strategies", "switch",
+        "tables", "trainers",
     },
     "report": {"checkpoints", "combined", "errors", "lr_schedulers", "noise", "phases", "pictures", "strategies", "switch"},
     "trust": {"errors"},
