@@ -490,3 +490,15 @@ def test_a_zero_decay_that_a_rule_asks_for_is_kept_where_nothing_decays() -> Non
     recorded = record(optimizer.param_groups, names_of(named))
     assert [group.no_decay for group in recorded] == [False, False]
     assert [(group.name, group.no_decay) for group in keep_zero_decays(recorded, made)] == [("free", True), ("default", False)]
+
+
+class ByKey(ParamGroups):
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.depth = depth
+        self.key = lambda name: name
+
+
+def test_what_a_subclass_shows_is_the_same_in_every_run() -> None:
+    """A resumed run is compared by it, and the address of a function would always differ."""
+    assert repr(ByKey(3)) == "ByKey(depth=3)"
